@@ -1,0 +1,1 @@
+"""The argument, executable: operate on residual branches and measure what that does."""

@@ -1,0 +1,1 @@
+"""Weights and functions in and out of other frameworks."""
