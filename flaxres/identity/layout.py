@@ -1,0 +1,108 @@
+"""One tree, two layouts: a leaf per block, or equal blocks of a stage stacked for scan.
+
+Per block, `stage2/block3/branch/conv1/kernel`; stacked, `stage2/blocks2to9/branch/conv1/kernel`
+with a leading axis of 8. The tree says which it is. Conversion is exact both ways, and works on
+any pytree that holds such subtrees: params, batch_stats, EMA, optimiser state, gradients.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxres.nets.resnet import ResNet, block_runs
+
+_STAGE = re.compile(r"stage(\d+)")
+_RUN = re.compile(r"blocks(\d+)to(\d+)")
+
+
+def stack(model: ResNet, variables: Any) -> tuple[ResNet, Any]:
+    """The scanned form of a model and its variables: the same function, compiled once a run."""
+    return model.clone(scan=True), stack_tree(unstack_tree(variables), model)
+
+
+def unstack(model: ResNet, variables: Any) -> tuple[ResNet, Any]:
+    """The per-block form: the exact inverse of `stack`."""
+    return model.clone(scan=False), unstack_tree(variables)
+
+
+def convert(model: ResNet, tree: Any) -> Any:
+    """The tree, of either layout, in the layout of the model."""
+    per_block = unstack_tree(tree)
+    return stack_tree(per_block, model) if model.scan else per_block
+
+
+def is_stacked(tree: Any) -> bool:
+    """Whether any run of blocks in the tree is stacked."""
+    found = []
+    _on_stages(tree, lambda name, stage: found.extend(filter(_RUN.fullmatch, stage)) or stage)
+    return bool(found)
+
+
+def stack_tree(tree: Any, model: ResNet) -> Any:
+    """Stack the runs of blocks that `model` scans, in every subtree of stages.
+
+    Which blocks are equal is the model's to say, since a strided block can have the shapes of the
+    next one. Raises ValueError if the tree lacks blocks that the model has.
+    """
+    scanned = model.clone(scan=True)
+
+    def convert(name: str, stage: dict[str, Any]) -> dict[str, Any]:
+        stacked = {}
+        for first, last in block_runs(scanned, int(name[len("stage") :])):
+            names = [f"block{block}" for block in range(first, last + 1)]
+            missing = [block for block in names if block not in stage]
+            if missing and len(missing) < len(names):
+                raise ValueError(f"{name} has no {missing[0]}, which the model has")
+            if missing:  # such as batch statistics of a net without norms
+                continue
+            if first == last:
+                stacked[names[0]] = stage[names[0]]
+            else:
+                blocks = [stage[block] for block in names]
+                stacked[f"blocks{first}to{last}"] = jax.tree.map(_stack, *blocks)
+        return stacked
+
+    return _on_stages(tree, convert)
+
+
+def unstack_tree(tree: Any) -> Any:
+    """Give every block of a stacked tree leaves of its own; a per-block tree stays as it is."""
+
+    def convert(name: str, stage: dict[str, Any]) -> dict[str, Any]:
+        blocks = {}
+        for key, subtree in stage.items():
+            if match := _RUN.fullmatch(key):
+                first, last = map(int, match.groups())
+                for block in range(first, last + 1):
+                    take = block - first
+                    blocks[f"block{block}"] = jax.tree.map(lambda leaf, i=take: leaf[i], subtree)
+            else:
+                blocks[key] = subtree
+        return blocks
+
+    return _on_stages(tree, convert)
+
+
+def _on_stages(tree: Any, convert: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Any:
+    """Apply `convert` to every `stageN` dict anywhere in a pytree."""
+
+    def has_stages(node: Any) -> bool:
+        return isinstance(node, dict) and any(_STAGE.fullmatch(str(key)) for key in node)
+
+    def visit(node: Any) -> Any:
+        if not has_stages(node):
+            return node
+        return {
+            key: convert(key, value) if _STAGE.fullmatch(str(key)) else value
+            for key, value in node.items()
+        }
+
+    return jax.tree.map(visit, tree, is_leaf=has_stages)
+
+
+def _stack(*leaves: Any) -> Any:
+    return (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves)
