@@ -1,1 +1,1 @@
-"""Data."""
+"""Images in: TFDS is the one door, grain reads, augmentation runs on the device."""
