@@ -87,22 +87,29 @@ def train(
     return normalize(apply(images, keys, policy), mean, std, dtype)
 
 
+def swap_neighbours(batch: jax.Array) -> jax.Array:
+    """Rows 1, 0, 3, 2, … of a batch of even size."""
+    return batch.reshape(-1, 2, *batch.shape[1:])[:, ::-1].reshape(batch.shape)
+
+
 def mixup(
     images: jax.Array, targets: jax.Array, key: jax.Array, alpha: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Blend the batch with itself reversed: λ x + (1-λ) x', λ ~ Beta(α, α) (1710.09412).
+    """λ x + (1-λ) x', λ ~ Beta(α, α), x' the neighbour of x (Zhang 2017, arXiv 1710.09412).
 
     images: float `[batch, h, w, c]`; targets: soft labels `[batch, classes]`; one λ a batch.
+    Neighbours (0 and 1, 2 and 3, …) rather than any permutation, so that partners lie on the same
+    device however the batch is spread.
     """
     share = jax.random.beta(key, alpha, alpha).astype(jnp.float32)
-    mixed = share.astype(images.dtype) * images + (1 - share).astype(images.dtype) * images[::-1]
-    return mixed, share * targets + (1 - share) * targets[::-1]
+    mixed = share.astype(images.dtype) * images + (1 - share).astype(images.dtype) * swap_neighbours(images)
+    return mixed, share * targets + (1 - share) * swap_neighbours(targets)
 
 
 def cutmix(
     images: jax.Array, targets: jax.Array, key: jax.Array, alpha: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Paste a box of the batch reversed; targets by area, the box's share ~ Beta (1905.04899)."""
+    """Paste a box of the neighbour; targets by area, 1 - area ~ Beta(α, α) (arXiv 1905.04899)."""
     _, height, width, _ = images.shape
     share_key, row_key, column_key = jax.random.split(key, 3)
     side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
@@ -112,5 +119,5 @@ def cutmix(
     columns = jnp.abs(jnp.arange(width) + 0.5 - column) < side * width / 2
     box = rows[:, None] & columns[None, :]
     kept = 1 - jnp.mean(box.astype(jnp.float32))
-    mixed = jnp.where(box[None, :, :, None], images[::-1], images)
-    return mixed, kept * targets + (1 - kept) * targets[::-1]
+    mixed = jnp.where(box[None, :, :, None], swap_neighbours(images), images)
+    return mixed, kept * targets + (1 - kept) * swap_neighbours(targets)

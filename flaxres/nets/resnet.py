@@ -92,7 +92,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, features: bool = False) -> Any:
         self.validate()
-        self._check_image(x.shape)
+        self.check_image(x.shape)
         act = activation(self.activation)
         taken = {}
         x = taken["stem"] = Stem(
@@ -184,7 +184,8 @@ class ResNet(nn.Module):
         rates = np.linspace(0, self.stochastic_depth, self.depth + 1)[1:]
         return tuple(float(rate) for rate in rates)
 
-    def _check_image(self, shape: tuple[int, ...]) -> None:
+    def check_image(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError if images `[batch, height, width, channels]` do not fit."""
         if len(shape) != 4:
             raise ValueError(f"images must be [batch, height, width, channels], not {list(shape)}")
         if min(shape[1:3]) < self.total_stride:
@@ -334,3 +335,13 @@ def block_runs(model: ResNet, stage: int) -> list[tuple[int, int]]:
     if same:
         return [(1, size)]
     return [(1, 1)] + ([(2, size)] if size > 1 else [])
+
+
+def scan_pays(model: ResNet) -> bool:
+    """Whether some stage has so many equal blocks that one scanned block beats separate ones.
+
+    Below four, the compiler's time is short either way and separate blocks run as fast.
+    """
+    scanned = model.clone(scan=True)
+    stages = range(1, len(model.stage_sizes) + 1)
+    return any(last - first >= 3 for stage in stages for first, last in block_runs(scanned, stage))
