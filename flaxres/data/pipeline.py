@@ -195,7 +195,7 @@ def train_iterator(
     """
     import grain
 
-    local = _local_size(batch_size, process_count)
+    local = local_size(batch_size, process_count)
     reader = _reader(info, split, data_dir, image_size, crop=True, seed=seed)
     order = grain.MapDataset.range(info.splits[split]).seed(seed).shuffle().repeat()
     first = process_index * local
@@ -235,7 +235,7 @@ def eval_batches(
     Returns:
       An iterator of {"image", "label", "mask": float32 `[local_batch]`}.
     """
-    local = _local_size(batch_size, process_count)
+    local = local_size(batch_size, process_count)
     reader = _reader(info, split, data_dir, image_size, crop=False, seed=0)
     count = info.splits[split]
     seen: collections.Counter = collections.Counter()
@@ -246,7 +246,8 @@ def eval_batches(
         yield {**batch, "mask": (positions < count).astype(np.float32)}
 
 
-def _local_size(batch_size: int, process_count: int) -> int:
+def local_size(batch_size: int, process_count: int) -> int:
+    """Rows of a global batch that each process has; ValueError if it does not divide."""
     if batch_size < 1:
         raise ValueError(f"batch size must be positive, not {batch_size}")
     if batch_size % process_count:

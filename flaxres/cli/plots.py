@@ -1,0 +1,117 @@
+"""Pictures: one look for all of them, colour-blind safe, readable in print."""
+
+import pathlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from flaxres.train import metrics
+from flaxres.train.workdir import replacing
+
+# Okabe & Ito 2008, told apart by every kind of colour vision and in grey by their lightness.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#F0E442",
+    "#000000",
+)
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 150,
+}
+
+
+@contextmanager
+def figure(path: pathlib.Path, columns: int = 1, rows: int = 1, **keywords: Any) -> Iterator[Any]:
+    """Axes in the house style (an array if several); saved to `path`, whole or not at all."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(_STYLE):
+        size = keywords.pop("figsize", (4.6 * columns, 3.4 * rows))
+        fig, axes = plt.subplots(rows, columns, figsize=size, **keywords)
+        try:
+            yield axes
+            with replacing(pathlib.Path(path)) as scratch:
+                fig.savefig(scratch)
+        finally:
+            plt.close(fig)
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Running mean over the last `window` values, shorter at the start."""
+    sums = np.cumsum(np.insert(np.asarray(values, float), 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def training_curves(source: pathlib.Path, path: pathlib.Path, title: str = "") -> None:
+    """Loss, error and learning rate of a run, from its metrics.jsonl."""
+    steps = {split: metrics.read(source, split) for split in ("train", "eval")}
+    if not steps["train"]:
+        return
+    train = {k: np.array([_number(line, k) for line in steps["train"]]) for k in
+             ("step", "loss", "accuracy", "lr")}
+    held = {k: np.array([_number(line, k) for line in steps["eval"]]) for k in
+            ("step", "loss", "accuracy")}
+    window = max(1, len(train["step"]) // 30)
+    with figure(path, columns=3) as (left, middle, right):
+        for axes, key, scale, name in (
+            (left, "loss", 1.0, "cross-entropy"),
+            (middle, "accuracy", 100.0, "error, %"),
+        ):
+            for data, label, colour, marker in (
+                (train, "training", BLUE, ""),
+                (held, "held out", RED, "o"),
+            ):
+                values = data[key] * scale if key == "loss" else 100 - data[key] * scale
+                if not len(values):
+                    continue
+                if not marker:
+                    axes.plot(data["step"], values, color=colour, alpha=0.2, linewidth=0.8)
+                    values = smooth(values, window)
+                axes.plot(
+                    data["step"], values, color=colour, marker=marker, markersize=4, label=label
+                )
+            axes.set(xlabel="step", title=name)
+            axes.legend()
+        left.set_yscale("log")
+        middle.set_ylim(0, None)
+        if len(held["step"]):
+            error = 100 - 100 * held["accuracy"][-1]
+            middle.annotate(
+                f"{error:.1f} %",
+                (held["step"][-1], error),
+                textcoords="offset points",
+                xytext=(-4, 10),
+                ha="right",
+                color=RED,
+            )
+        right.plot(train["step"], train["lr"], color=BLACK)
+        right.set(xlabel="step", title="learning rate")
+        right.set_ylim(0, None)
+        left.figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+
+
+def _number(line: dict[str, Any], key: str) -> float:
+    value = line.get(key)
+    return float("nan") if value is None else float(value)

@@ -1,0 +1,135 @@
+"""The work directory: what lies where, who it belongs to, files that are whole or not there."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any, Self
+
+from flaxres.train.config import TrainConfig
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Workdir:
+    """Paths of a run: config.json, metrics.jsonl, events, checkpoints/, figures/, report.html."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = pathlib.Path(path)
+        self.config_file = self.path / "config.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.events = self.path / "events"
+        self.figures = self.path / "figures"
+        self.curves = self.figures / "curves.png"
+        self.report = self.path / "report.html"
+        self.trace = self.path / "trace"
+        self.nonfinite = self.path / "nonfinite"
+
+    @classmethod
+    def existing(cls, path: str | os.PathLike[str]) -> Self:
+        """The work directory of an earlier run, or ValueError."""
+        work = cls(path)
+        if not work.config_file.is_file():
+            raise ValueError(
+                f"{str(path)!r} is not a work directory: it has no config.json; "
+                "`flaxres train --workdir DIR` makes one"
+            )
+        return work
+
+    def config(self) -> TrainConfig:
+        """The configuration of the run that lies here."""
+        try:
+            stored = json.loads(self.config_file.read_text())
+            return TrainConfig.from_json(stored["config"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.config_file} is no configuration: {error}") from None
+
+    def claim(self, config: TrainConfig) -> bool:
+        """Write the configuration, or compare it with the one that is there.
+
+        Returns whether a run was here already. Raises ValueError if it is another run's
+        directory (naming the fields that differ) or holds somebody else's files.
+        """
+        if self.config_file.is_file():
+            if differing := self.config().diff(config):
+                raise ValueError(
+                    f"{str(self.path)!r} holds a run of another configuration "
+                    f"({'; '.join(differing)}): use another --workdir or the same configuration"
+                )
+            return True
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{str(self.path)!r} is a file: --workdir needs a directory")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise ValueError(
+                f"{str(self.path)!r} is not empty and not a work directory: use another --workdir"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        about = {
+            "config": config.to_json(),
+            "seed": config.seed,
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "versions": versions(),
+            "git": _git_commit(),
+        }
+        write_text(self.config_file, json.dumps(about, indent=2) + "\n")
+        return False
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of those it computes with."""
+    found = {"python": sys.version.split()[0]}
+    for package in ("flaxres", *_PACKAGES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _git_commit() -> str | None:
+    """Commit of the code in use, with + where it has changes; None outside a checkout."""
+    here = pathlib.Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    try:
+        run = subprocess.run(
+            [*git, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip()
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A scratch file beside `path` that takes its name if the body succeeds, else goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    scratch = pathlib.Path(name)
+    try:
+        yield scratch
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replacing(path) as scratch:
+        scratch.write_text(text)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
