@@ -50,6 +50,8 @@ def conv(
     if form not in FORMS:
         raise ValueError(f"unknown convolution form {form!r} (accepted: {', '.join(FORMS)})")
     pads = explicit_padding(padding, x.shape[1:3], kernel.shape[:2], strides)
+    if form == "matmul" and groups == 1:
+        return _matmul(x, kernel, strides, pads)
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -58,6 +60,31 @@ def conv(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
+
+
+def _matmul(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    pads: tuple[tuple[int, int], ...],
+) -> jax.Array:
+    """One product of patches `[batch, h, w, k_h · k_w · channels]` and the flattened kernel.
+
+    Its derivatives are products too, whereas XLA's CPU backend runs those of its own convolution
+    many times slower inside loops.
+    """
+    rows, columns, channels, features = kernel.shape
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    height = (x.shape[1] - rows) // strides[0] + 1
+    width = (x.shape[2] - columns) // strides[1] + 1
+    shifted = [
+        x[:, i : i + (height - 1) * strides[0] + 1 : strides[0],
+          j : j + (width - 1) * strides[1] + 1 : strides[1]]
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    patches = shifted[0] if len(shifted) == 1 else jnp.concatenate(shifted, axis=-1)
+    return jnp.dot(patches, kernel.reshape(rows * columns * channels, features))
 
 
 class Conv(nn.Module):

@@ -13,6 +13,8 @@ _PUBLIC = {
     "Driver": "drivers",
     "make_driver": "drivers",
     "make_train_step": "drivers",
+    "Fitted": "fitting",
+    "fit": "fitting",
     "vmapped": "vmapped",
     "presets": "presets",
     "train": "loop",

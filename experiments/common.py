@@ -1,0 +1,40 @@
+"""What the experiments share: their options, where they write, how they say a number."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from flaxres.train.workdir import write_json
+
+FIGURES = pathlib.Path(__file__).parent / "figures"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Of every experiment."""
+
+    quick: bool
+    out: pathlib.Path
+    seeds: int
+
+
+def options(about: str, argv: list[str] | None = None, seeds: int = 1) -> Options:
+    """--quick, --out and --seeds, with the script's header as help."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a small form, within a minute or so")
+    parser.add_argument("--out", type=pathlib.Path, default=FIGURES, help="folder of the results")
+    parser.add_argument("--seeds", type=int, default=seeds, help="runs from different seeds")
+    found = parser.parse_args(argv)
+    if found.seeds < 1:
+        parser.error(f"--seeds must be at least 1, not {found.seeds}")
+    return Options(found.quick, found.out, 1 if found.quick else found.seeds)
+
+
+def save(out: pathlib.Path, name: str, numbers: dict[str, Any]) -> None:
+    """Write the numbers as NAME.json and print them."""
+    write_json(out / f"{name}.json", numbers)
+    print(json.dumps(numbers, indent=2))
