@@ -38,7 +38,7 @@ def convert(model: ResNet, tree: Any) -> Any:
 def is_stacked(tree: Any) -> bool:
     """Whether any run of blocks in the tree is stacked."""
     found = []
-    _on_stages(tree, lambda name, stage: found.extend(filter(_RUN.fullmatch, stage)) or stage)
+    on_stages(tree, lambda name, stage: found.extend(filter(_RUN.fullmatch, stage)) or stage)
     return bool(found)
 
 
@@ -66,7 +66,7 @@ def stack_tree(tree: Any, model: ResNet) -> Any:
                 stacked[f"blocks{first}to{last}"] = jax.tree.map(_stack, *blocks)
         return stacked
 
-    return _on_stages(tree, convert)
+    return on_stages(tree, convert)
 
 
 def unstack_tree(tree: Any) -> Any:
@@ -84,10 +84,10 @@ def unstack_tree(tree: Any) -> Any:
                 blocks[key] = subtree
         return blocks
 
-    return _on_stages(tree, convert)
+    return on_stages(tree, convert)
 
 
-def _on_stages(tree: Any, convert: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Any:
+def on_stages(tree: Any, convert: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Any:
     """Apply `convert` to every `stageN` dict anywhere in a pytree."""
 
     def has_stages(node: Any) -> bool:

@@ -126,7 +126,7 @@ class ResNet(nn.Module):
                 self.num_classes,
                 dtype=jnp.float32,
                 param_dtype=self.param_dtype,
-                kernel_init=initialize.ZEROS if zero else initialize.HEAD,
+                kernel_init=initialize.ZEROS if zero else initialize.HEADS[self.stem],
                 bias_init=initialize.ZEROS,
                 name="head",
             )(x)
