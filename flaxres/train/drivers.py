@@ -10,11 +10,9 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flaxres.data.sources import DataInfo
 from flaxres.train.config import TrainConfig
 from flaxres.train.state import TrainState, create_state
 from flaxres.train.step import eval_step, train_step
@@ -55,6 +53,10 @@ class Driver:
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         """One training step; donates the state."""
+        raise NotImplementedError
+
+    def compile(self, state: TrainState, batch: Any) -> None:
+        """Compile the step ahead of its first call, for placed arrays or `ShapeDtypeStruct`s."""
         raise NotImplementedError
 
     def eval(self, state: TrainState, batch: Any) -> Any:
@@ -106,6 +108,9 @@ class DeviceDriver(Driver):
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         return self._step(state, batch)
 
+    def compile(self, state: TrainState, batch: Any) -> None:
+        self._step.lower(state, batch).compile()
+
     def eval(self, state: TrainState, batch: Any) -> Any:
         return self._eval(state, batch)
 
@@ -146,9 +151,11 @@ class PmapDriver(Driver):
 
         def place(leaf: Any) -> jax.Array:
             leaf = np.asarray(leaf)
-            rows = [leaf[None]] * len(self._local) if stack else [
-                leaf[i : i + 1] for i in range(len(self._local))
-            ]
+            rows = (
+                [leaf[None]] * len(self._local)
+                if stack
+                else [leaf[i : i + 1] for i in range(len(self._local))]
+            )
             shards = [jax.device_put(r, d) for r, d in zip(rows, self._local, strict=True)]
             shape = (self.num_devices, *rows[0].shape[1:])
             return jax.make_array_from_single_device_arrays(shape, sharding, shards)
@@ -158,6 +165,9 @@ class PmapDriver(Driver):
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         state, metrics = self._step(state, batch)
         return state, _first(metrics)
+
+    def compile(self, state: TrainState, batch: Any) -> None:
+        self._step.lower(state, batch).compile()
 
     def eval(self, state: TrainState, batch: Any) -> Any:
         return _first(self._eval(state, batch))
@@ -181,9 +191,7 @@ class MeshDriver(Driver):
         self._mesh = Mesh(np.array(devices), (AXIS,))
         self._whole = NamedSharding(self._mesh, PartitionSpec())
         self._rows = NamedSharding(self._mesh, PartitionSpec(AXIS))
-        self._eval = jax.jit(
-            functools.partial(eval_step, config=config), out_shardings=self._whole
-        )
+        self._eval = jax.jit(functools.partial(eval_step, config=config), out_shardings=self._whole)
         self._jitted: Any = None
 
     def replicate(self, state: TrainState) -> TrainState:
@@ -194,12 +202,13 @@ class MeshDriver(Driver):
         }[self.config.batch_norm]
         state = self._with_norm(state, None, groups)
         shardings = self._shardings(state)
-        self._jitted = jax.jit(
-            functools.partial(train_step, config=self.config),
-            in_shardings=(shardings, self._rows),
-            out_shardings=(shardings, self._whole),
-            donate_argnums=0,
-        )
+        if self._jitted is None:  # another one would compile again
+            self._jitted = jax.jit(
+                functools.partial(train_step, config=self.config),
+                in_shardings=(shardings, self._rows),
+                out_shardings=(shardings, self._whole),
+                donate_argnums=0,
+            )
 
         def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
             leaf = np.asarray(leaf)
@@ -228,6 +237,9 @@ class MeshDriver(Driver):
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         return self._jitted(state, batch)
+
+    def compile(self, state: TrainState, batch: Any) -> None:
+        self._jitted.lower(state, batch).compile()
 
     def eval(self, state: TrainState, batch: Any) -> Any:
         return self._eval(state, batch)
