@@ -1,15 +1,20 @@
 """Checkpoints by orbax: asynchronous, atomic, newest and best kept, independent of layout.
 
-A checkpoint holds the whole `TrainState` as named arrays (`params/stage1/block1/…`, in the
-per-block layout), and beside it the state of the data iterator, the seed and the configuration. So
-it can be restored into the stacked layout, by another driver, on another number of devices.
+A checkpoint holds the whole `TrainState` as named arrays (`params.stage1.block1…`, in the
+per-block layout), and beside it the state of the data iterator, the seed, the configuration and a
+checksum of every array. So it can be restored into the stacked layout, by another driver, on
+another number of devices or processes, and a damaged one is known as such. Only process 0 reads
+and writes; `flaxres.train.distributed` carries what it read to the others.
 """
 
 import contextlib
 import dataclasses
 import logging
 import pathlib
-from typing import Any
+import shutil
+import zlib
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -20,6 +25,7 @@ from flaxres.train.optim import path_name
 from flaxres.train.state import TrainState
 
 _log = logging.getLogger(__name__)
+_METRIC = "accuracy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,38 +34,61 @@ class Restored:
 
     step: int
     state: TrainState
+    """On the host, in the layout that was asked for."""
     data: dict[str, int]
     """State of the data iterator."""
 
 
 class Checkpoints:
-    """The checkpoints of a work directory."""
+    """The checkpoints of a work directory.
 
-    def __init__(self, directory: pathlib.Path, keep: int = 3) -> None:
+    Args:
+      directory: where they lie, or are to lie.
+      keep: how many of the newest stay, beside the one of the best accuracy.
+      damaged: where unreadable ones are moved to, so that a run can go on past them; None leaves
+        the directory as it is, which is right for whoever only reads.
+    """
+
+    def __init__(
+        self, directory: pathlib.Path, keep: int = 3, damaged: pathlib.Path | None = None
+    ) -> None:
         import orbax.checkpoint as ocp
 
+        _quieten_orbax()
+        self._ocp = ocp
+        self._directory = directory.absolute()
+        self._damaged = damaged
+        writable = damaged is not None
+        if writable:
+            self._set_aside_torn()
         policies = ocp.checkpoint_managers
         preserve = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep),
                 policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["accuracy"],
+                    get_metric_fn=lambda metrics: metrics[_METRIC],
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 ),
             ]
         )
-        self._directory = directory
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=preserve,
-                best_fn=lambda metrics: metrics["accuracy"],
-                enable_async_checkpointing=True,
-            ),
-            item_names=("state", "run"),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preserve,
+            best_fn=lambda metrics: metrics[_METRIC],
+            read_only=not writable,
+            create=writable,
+            # What a kill left half-written; in somebody else's run it may still be growing.
+            cleanup_tmp_directories=writable,
+            enable_async_checkpointing=True,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=jax.process_index(), active_processes={jax.process_index()}
+            )
+            if jax.process_count() > 1
+            else ocp.options.MultiprocessingOptions(),
         )
-        self._ocp = ocp
+        self._manager = ocp.CheckpointManager(
+            self._directory, options=options, item_names=("state", "run")
+        )
 
     def save(
         self,
@@ -69,22 +98,33 @@ class Checkpoints:
         config: TrainConfig,
         accuracy: float | None = None,
     ) -> None:
-        """Begin to save a host state; returns once the arrays are copied.
+        """Begin to save a host state; returns while the files are being written.
 
         Raises OSError if this save or the one before it failed (such as a full disk); checkpoints
         that were complete stay.
         """
-        run = {"data": data, "seed": config.seed, "config": config.to_json()}
+        arrays = _named(state)
+        run = {
+            "data": data,
+            "seed": config.seed,
+            "config": config.to_json(),
+            "checksums": {name: _checksum(array) for name, array in arrays.items()},
+        }
         args = self._ocp.args.Composite(
-            state=self._ocp.args.StandardSave(_named(state)), run=self._ocp.args.JsonSave(run)
+            state=self._ocp.args.StandardSave(arrays), run=self._ocp.args.JsonSave(run)
         )
-        metrics = None if accuracy is None else {"accuracy": accuracy}
-        with self._failures(step):
+        metrics = None if accuracy is None else {_METRIC: accuracy}
+        with self._failures():
             self._manager.save(step, args=args, metrics=metrics, force=True)
+
+    def check(self) -> None:
+        """Raise OSError if a save that was begun has failed; does not wait."""
+        with self._failures():
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Return when nothing is being saved any more; raises as `save`."""
-        with self._failures(self.latest()):
+        with self._failures():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
@@ -94,16 +134,15 @@ class Checkpoints:
         self._manager.close()
 
     @contextlib.contextmanager
-    def _failures(self, step: int | None) -> Any:
+    def _failures(self) -> Iterator[None]:
         try:
             yield
-        except (ValueError, TypeError):
-            raise
         except Exception as error:  # whatever the storage raises
-            text = " ".join(str(error).split())[:300]
+            complete = steps_on_disk(self._directory)
+            having = f"step {complete[-1]}" if complete else "none"
             raise OSError(
-                f"checkpoint at step {step} could not be written to {self._directory} ({text}); "
-                f"complete ones: {self.steps() or 'none'}"
+                f"a checkpoint could not be written to {self._directory} ({_brief(error)}); the "
+                f"last complete one: {having}"
             ) from error
 
     def steps(self) -> list[int]:
@@ -112,66 +151,153 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest step, or None."""
-        steps = self.steps()
-        return steps[-1] if steps else None
+        return self._manager.latest_step()
 
     def best(self) -> int | None:
         """The step of the highest evaluation accuracy, or None."""
-        return self._manager.best_step()
+        step = self._manager.best_step()
+        return None if step is None or self._accuracy(step) is None else step
 
-    def restore(self, into: TrainState, step: int | None = None) -> Restored | None:
+    def best_accuracy(self) -> float | None:
+        """The highest accuracy that was given to `save` and whose checkpoint is here."""
+        step = self.best()
+        return None if step is None else self._accuracy(step)
+
+    def _accuracy(self, step: int) -> float | None:
+        metrics = self._manager.metrics(step)
+        return metrics[_METRIC] if metrics else None
+
+    def restore(
+        self, into: TrainState, step: int | Literal["best"] | None = None
+    ) -> Restored | None:
         """The newest checkpoint that can be read, or that of a step; None if there is none.
 
         A damaged one is reported in a sentence and the one before it taken. `into` gives shapes,
         layout and everything that is no array.
+
+        Raises:
+          ValueError: there is none of that step, or none that can be read.
         """
         steps = self.steps()
+        if step == "best":
+            step = self.best()
         if step is not None:
-            if step not in steps:
-                raise ValueError(
-                    f"no checkpoint of step {step} in {self._directory} (there are: "
-                    f"{', '.join(map(str, steps)) or 'none'})"
-                )
-            return self._read(into, step)
+            return self._read_step(into, step, steps)
+        damaged = []
         for candidate in reversed(steps):
             try:
-                return self._read(into, candidate)
-            except Exception as error:
-                text = " ".join(str(error).split())[:200]
+                restored = self._read(into, candidate)
+                self._set_aside(damaged)
+                return restored
+            except Exception as error:  # whatever the storage raises
                 _log.warning(
-                    "checkpoint at step %d in %s is damaged (%s); trying the one before it",
+                    "checkpoint of step %d in %s is damaged (%s); going back to the one before it",
                     candidate,
                     self._directory,
-                    text,
+                    _brief(error),
                 )
+                damaged.append(candidate)
         if steps:
-            raise ValueError(f"no checkpoint in {self._directory} can be read (tried {steps})")
+            raise ValueError(
+                f"no checkpoint in {self._directory} can be read (tried steps "
+                f"{', '.join(map(str, steps))}): start again in another --workdir"
+            )
         return None
 
+    def _read_step(self, into: TrainState, step: int, steps: list[int]) -> Restored:
+        if step not in steps:
+            raise ValueError(
+                f"no checkpoint of step {step} in {self._directory} (there are: "
+                f"{', '.join(map(str, steps)) or 'none'})"
+            )
+        try:
+            return self._read(into, step)
+        except Exception as error:
+            raise ValueError(
+                f"checkpoint of step {step} in {self._directory} cannot be read ({_brief(error)}); "
+                f"there are: {', '.join(map(str, steps))}"
+            ) from error
+
     def _read(self, into: TrainState, step: int) -> Restored:
-        target = _named(into)
-        abstract = {k: np.empty(np.shape(v), np.asarray(v).dtype) for k, v in target.items()}
+        expected = _named(into)
         args = self._ocp.args.Composite(
-            state=self._ocp.args.StandardRestore(abstract), run=self._ocp.args.JsonRestore()
+            state=self._ocp.args.StandardRestore(
+                {name: np.empty(array.shape, array.dtype) for name, array in expected.items()}
+            ),
+            run=self._ocp.args.JsonRestore(),
         )
         restored = self._manager.restore(step, args=args)
-        arrays = restored["state"]
-        if missing := sorted(set(target) - set(arrays)):
-            raise ValueError(f"it lacks {missing[0]}")
-        return Restored(step, _unnamed(into, arrays), restored["run"]["data"])
+        arrays, run = restored["state"], restored["run"]
+        for name, checksum in run["checksums"].items():
+            if _checksum(arrays[name]) != checksum:
+                raise ValueError(f"{name} is not what was saved")
+        return Restored(step, _unnamed(into, arrays), run["data"])
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Move damaged checkpoints out of the way of new ones of the same steps."""
+        if self._damaged is None or not steps:
+            return
+        self._damaged.mkdir(parents=True, exist_ok=True)
+        for step in steps:
+            target = self._damaged / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            (self._directory / str(step)).rename(target)
+        self._manager.reload()
+
+    def _set_aside_torn(self) -> None:
+        """A kill while an old checkpoint was being deleted leaves part of it: delete the rest."""
+        for step in steps_on_disk(self._directory):
+            folder = self._directory / str(step)
+            if not all((folder / item).is_dir() for item in ("state", "run")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def steps_on_disk(directory: pathlib.Path) -> list[int]:
+    """Steps of the checkpoints in a directory, ascending, without loading orbax."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir())
 
 
 def _named(state: TrainState) -> dict[str, np.ndarray]:
     """Every array of a state by its name in the per-block layout."""
     leaves = jax.tree_util.tree_leaves_with_path(layout.unstack_tree(state))
-    # Names with slashes would become folders.
-    return {path_name(path)[1:].replace("/", "."): np.asarray(leaf) for path, leaf in leaves}
+    return {_name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def _unnamed(into: TrainState, arrays: dict[str, Any]) -> TrainState:
     """The inverse of `_named`, in the layout of `into`."""
-    per_block = layout.unstack_tree(into)
-    paths, tree = jax.tree_util.tree_flatten_with_path(per_block)
-    leaves = [np.asarray(arrays[path_name(path)[1:].replace("/", ".")]) for path, _ in paths]
-    restored = jax.tree_util.tree_unflatten(tree, leaves)
-    return layout.convert(into.task.model, restored)
+    paths, tree = jax.tree_util.tree_flatten_with_path(layout.unstack_tree(into))
+    leaves = [np.asarray(arrays[_name(path)]) for path, _ in paths]
+    return layout.convert(into.task.model, jax.tree_util.tree_unflatten(tree, leaves))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    # With slashes, storage would make a folder of every scope.
+    return path_name(path)[1:].replace("/", ".")
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _brief(error: BaseException) -> str:
+    """The first words of an error, on one line; storage puts stack traces into its messages."""
+    while not str(error) and error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    if "No space left" in text or "RESOURCE_EXHAUSTED" in text or "File too large" in text:
+        return "no space left on the disk"
+    return text[:200] or type(error).__name__
+
+
+def _quieten_orbax() -> None:
+    """Orbax logs every failure with its stack trace; ours is one sentence, and raised."""
+    logger = logging.getLogger("absl")
+    if not any(isinstance(known, _NotOrbax) for known in logger.filters):
+        logger.addFilter(_NotOrbax())
+
+
+class _NotOrbax(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname

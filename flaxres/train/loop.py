@@ -1,11 +1,10 @@
-"""The loop around the step: data, evaluation, checkpoints, signals, metrics; and reading runs."""
+"""The loop around the step: data, evaluation, checkpoints, signals, metrics."""
 
 import contextlib
 import dataclasses
+import itertools
 import logging
-import os
 import pathlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,83 +13,30 @@ import numpy as np
 
 from flaxres.data import pipeline, sources
 from flaxres.data.sources import DataInfo
-from flaxres.nets.resnet import ResNet
 from flaxres.train import distributed
-from flaxres.train.checkpoint import Checkpoints
+from flaxres.train.checkpoint import Checkpoints, Restored, steps_on_disk
+from flaxres.train.compiling import Background, abstract, enable_compilation_cache
 from flaxres.train.config import TrainConfig, profile_range
-from flaxres.train.drivers import Driver, choose_devices, make_driver
-from flaxres.train.metrics import MetricsWriter, NoWriter
+from flaxres.train.distributed import PeerError
+from flaxres.train.drivers import Driver, make_driver
+from flaxres.train.evaluation import Interrupted, evaluate, load, run_evaluation
+from flaxres.train.metrics import (
+    RUN_LOG,
+    InFlight,
+    MetricsWriter,
+    NoWriter,
+    keep_batch,
+    logging_to,
+)
 from flaxres.train.preempt import StopRequest, stop_requests
-from flaxres.train.profile import Stopwatch, Tracer, seconds_since_start
-from flaxres.train.state import TrainState, create_state, params_sha256
+from flaxres.train.profile import Meter, Stopwatch, Tracer, seconds_since_start
+from flaxres.train.results import Listener, NonFiniteError, Result
+from flaxres.train.state import TrainState, create_state, input_shape, params_sha256
+from flaxres.train.watch import Watch
 from flaxres.train.workdir import Workdir
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger(RUN_LOG)
 _MIN_EVAL_EVERY = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run, or an evaluation, came to."""
-
-    step: int
-    loss: float
-    """Mean cross-entropy of the held-out split."""
-    accuracy: float
-    """Share of the held-out split classified right."""
-    examples: int
-    """Examples evaluated."""
-    images_per_second: float
-    """While training, after the first step."""
-    time_to_first_step: float | None
-    """Seconds from the start of the process; None where no step was taken."""
-    params_sha256: str
-    workdir: str
-    resumed_from: int | None = None
-    stopped_by: str | None = None
-    """SIGTERM or SIGINT, where one ended the run early."""
-    skipped: int = 0
-    """Updates left out because they were not finite."""
-    shares: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Shares of the time spent in step, data, eval and save."""
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or a gradient was not finite, and the run is to stop at that."""
-
-
-class Listener:
-    """What a run tells while it goes; all methods may be left out."""
-
-    def on_start(self, config: TrainConfig, total: int, driver: Driver, step: int) -> None:
-        """The run begins at `step` of `total`."""
-
-    def on_compile(self) -> None:
-        """The first step is being compiled."""
-
-    def on_step(self, step: int, metrics: dict[str, float], images_per_second: float) -> None:
-        """Steps up to `step` are done; metrics are those of the last."""
-
-    def on_eval(self, step: int, metrics: dict[str, float]) -> None:
-        """An evaluation is done."""
-
-    def on_checkpoint(self, step: int) -> None:
-        """A checkpoint is being written."""
-
-    def on_done(self, result: Result) -> None:
-        """The run is over."""
-
-
-def enable_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache folder, unless the environment says otherwise.
-
-    JAX_COMPILATION_CACHE_DIR names another folder, FLAXRES_COMPILATION_CACHE=0 turns it off.
-    """
-    if os.environ.get("FLAXRES_COMPILATION_CACHE", "1") == "0":
-        return
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(sources.cache_dir() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def default_workdir(config: TrainConfig) -> str:
@@ -102,26 +48,39 @@ def default_workdir(config: TrainConfig) -> str:
 def train(config: TrainConfig, *, listener: Listener | None = None) -> Result:
     """Train as configured, going on with the run in the work directory if there is one.
 
+    SIGTERM or Ctrl-C end it after the step under way, with everything saved, and are named in
+    `Result.stopped_by`; a second Ctrl-C raises KeyboardInterrupt. With several processes, call it
+    in each of them.
+
     Raises:
       ValueError: the configuration, data set or work directory does not fit; nothing is written.
       NonFiniteError: the loss was not finite; the batch is in the work directory.
-      OSError: a checkpoint could not be written.
+      OSError: a checkpoint or the metrics could not be written; complete checkpoints stay.
+      PeerError: another process of the run is lost.
     """
     listener = listener or Listener()
     config = config.validate()
     config = dataclasses.replace(config, workdir=config.workdir or default_workdir(config))
     enable_compilation_cache()
     distributed.initialize(config)
-    info = sources.describe(config.data, config.data_dir)
-    _check_splits(config, info)
-    driver = make_driver(config)
-    _, state = create_state(config, info)
-    work = Workdir(config.workdir)
-    existed = _claim(work, config)
-    restored = _restore(work, config, state) if existed else None
-    run = _Run(config, info, driver, work, listener)
-    with contextlib.closing(run):
-        return run.go(restored.state if restored else state, restored)
+    with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(distributed.watched())
+        request = stack.enter_context(stop_requests(listener.on_stopping))
+        info = sources.describe(config.data, config.data_dir)
+        _check_splits(config, info)
+        driver = make_driver(config)
+        _, state = create_state(config, info)
+        work = Workdir(config.workdir or "")
+
+        def claim() -> None:
+            work.claim(config)
+            stack.enter_context(work.locked())
+            stack.enter_context(logging_to(work.log))
+
+        distributed.share(claim)
+        run = _Run(config, info, driver, work, listener, request, watch)
+        stack.push(run.close)
+        return run.go(state)
 
 
 def _check_splits(config: TrainConfig, info: DataInfo) -> None:
@@ -131,35 +90,7 @@ def _check_splits(config: TrainConfig, info: DataInfo) -> None:
         )
     _ = info.eval_split
     pipeline.local_size(config.batch_size, jax.process_count())
-
-
-def _claim(work: Workdir, config: TrainConfig) -> bool:
-    """`work.claim` on process 0; the others see what it said."""
-    if jax.process_count() == 1:
-        return work.claim(config)
-    from jax.experimental import multihost_utils
-
-    existed, failure = False, None
-    if distributed.is_main():
-        try:
-            existed = work.claim(config)
-        except ValueError as error:
-            failure = error
-    flags = np.array([existed, failure is not None])
-    existed, failed = multihost_utils.broadcast_one_to_all(flags)
-    if failed:
-        raise failure or ValueError(f"process 0 refused the work directory {str(work.path)!r}")
-    return bool(existed)
-
-
-def _restore(work: Workdir, config: TrainConfig, state: TrainState) -> Any:
-    if not work.checkpoints.is_dir():
-        return None
-    checkpoints = Checkpoints(work.checkpoints, config.keep)
-    try:
-        return checkpoints.restore(state)
-    finally:
-        checkpoints.close()
+    pipeline.local_size(config.eval_batch_size or config.batch_size, jax.process_count())
 
 
 class _Run:
@@ -172,52 +103,115 @@ class _Run:
         driver: Driver,
         work: Workdir,
         listener: Listener,
+        request: StopRequest,
+        watch: Watch | None,
     ) -> None:
-        self.config, self.info, self.driver = config, info, driver
-        self.work, self.listener = work, listener
+        self.config, self.info, self.driver, self.work = config, info, driver, work
+        self.listener, self.request, self.watch = listener, request, watch
+        self.main = distributed.is_main()
         self.total = config.total_steps(info.splits["train"])
         epoch = max(1, info.splits["train"] // config.batch_size)
         self.eval_every = config.eval_every or max(_MIN_EVAL_EVERY, epoch)
         self.checkpoint_every = config.checkpoint_every or self.eval_every
-        self.watch = Stopwatch()
+        self.stopwatch, self.meter, self.in_flight = Stopwatch(), Meter(), InFlight()
         steps = profile_range(config.profile_steps) if config.profile_steps else None
         self.tracer = Tracer(steps, work.trace)
-        self.writer: Any = NoWriter()
+        self.writer: MetricsWriter | NoWriter = NoWriter()
         self.first_step: float | None = None
+        self.start = 0
         self._checkpoints: Checkpoints | None = None
-        self._pending: list[tuple[int, Any]] = []
-        self._clock: tuple[float, int] | None = None
-        self._rates: list[tuple[int, float]] = []
-        self._shown = False
+        self._best: float | None = None
+        self._saved: int | None = None
 
     @property
     def checkpoints(self) -> Checkpoints:
-        """Opened with the first save, since orbax takes its time."""
+        """Opened when needed, since orbax takes its time. On process 0 only."""
         if self._checkpoints is None:
-            self._checkpoints = Checkpoints(self.work.checkpoints, self.config.keep)
+            self._checkpoints = Checkpoints(
+                self.work.checkpoints, self.config.keep, self.work.damaged
+            )
         return self._checkpoints
 
-    def go(self, state: TrainState, restored: Any) -> Result:
-        start = restored.step if restored else 0
-        if distributed.is_main():
-            self.writer = MetricsWriter(self.work, start)
-        self.listener.on_start(self.config, self.total, self.driver, start)
+    def go(self, state: TrainState) -> Result:
+        """Restore, train, evaluate, save."""
+        newest = distributed.share(lambda: max(steps_on_disk(self.work.checkpoints), default=0))
+        compiling = self._compile(state) if newest < self.total else None
+        restored = self._restore(state)
+        if restored is not None:
+            state, self.start, self._saved = restored.state, restored.step, restored.step
+            _log.info("going on from the checkpoint of step %d", restored.step)
+        step, stopped = self.start, None
+        if self.main:
+            self.writer = MetricsWriter(self.work, step)
+        self.listener.on_start(self.config, self.total, self.driver, step)
         state = self.driver.replicate(state)
-        stopped, evaluated = None, None
-        with stop_requests() as request, self._batches(start) as batches:
-            step = start
-            while step < self.total and stopped is None:
-                state = self._step(state, batches, step, first=step == start)
-                step += 1
-                stopped = request.agreed(step, self.config.log_every)
-                evaluated = self._after(state, step, last=step == self.total or stopped)
-        if evaluated is None and stopped is None:
-            evaluated = self._evaluate(state)
+        evaluated = self._missed_evaluation(state, step)
+        if step < self.total:
+            with self._batches(restored.data["step"] if restored else 0) as batches:
+                stopped = self._until_compiled(compiling)
+                while step < self.total and stopped is None:
+                    state = self._step(state, batches, step)
+                    step += 1
+                    stopped = self.request.agreed(step)
+                    stopped, evaluated = self._after(state, step, stopped)
+        elif evaluated is None:
+            evaluated, stopped = self._evaluate(state), self.request.now()
+        if step == self.total and evaluated is not None:
+            stopped = None  # too late to end anything early
         return self._finish(state, step, evaluated, stopped, restored)
 
+    def _compile(self, state: TrainState) -> Background:
+        """Compile the step in the background, for the shapes of the state and of a batch."""
+        local = pipeline.local_size(self.config.batch_size, jax.process_count())
+        shape = (local, *input_shape(self.config, self.info)[1:])
+        batch = {"image": np.zeros(shape, np.uint8), "label": np.zeros(local, np.int32)}
+        placed = abstract(self.driver.replicate(state)), abstract(self.driver.shard(batch))
+        return Background(lambda: self.driver.compile(*placed))
+
+    def _until_compiled(self, compiling: Background | None) -> str | None:
+        """Wait, loading meanwhile what will be needed later; a signal to stop by ends it."""
+        later: list[Any] = [self.writer.events]
+        if self.main:
+            later.append(lambda: self.checkpoints)
+        announced = False
+        while compiling is not None and not compiling.done(within=0.05):
+            if not announced:
+                self.listener.on_compile()
+                announced = True
+            if stopped := self.request.now():
+                return stopped
+            if later:
+                later.pop()()
+        return self.request.now()
+
+    def _restore(self, state: TrainState) -> Restored | None:
+        """What process 0 reads, on all processes; they need not share a disk."""
+        found: list[Restored | None] = [None]
+
+        def read() -> tuple[int, dict[str, int], float | None] | None:
+            if steps_on_disk(self.work.checkpoints):
+                found[0] = self.checkpoints.restore(state)
+            if found[0] is None:
+                return None
+            return found[0].step, found[0].data, self.checkpoints.best_accuracy()
+
+        about = distributed.share(read)
+        if about is None:
+            return None
+        step, data, self._best = about
+        return Restored(step, distributed.broadcast(found[0].state if found[0] else state), data)
+
     @contextlib.contextmanager
-    def _batches(self, start: int) -> Iterator[Any]:
-        source = pipeline.train_iterator(
+    def _batches(self, start: int) -> Iterator[Iterator[Any]]:
+        batches = pipeline.prefetch(self._source(start), self.driver.shard)
+        try:
+            first = next(batches)  # starts the thread, while the step is compiled in another
+            yield itertools.chain([first], batches)
+        finally:
+            batches.close()
+
+    def _source(self, start: int) -> Any:
+        return pipeline.train_iterator(
             self.info,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
@@ -228,106 +222,143 @@ class _Run:
             workers=self.config.workers,
             start_step=start,
         )
-        batches = pipeline.prefetch(source, self.driver.shard)
-        try:
-            yield batches
-        finally:
-            batches.close()
 
-    def _step(self, state: TrainState, batches: Any, step: int, first: bool) -> TrainState:
-        with self.watch.during("data"):
+    def _step(self, state: TrainState, batches: Iterator[Any], step: int) -> TrainState:
+        with self.stopwatch.during("data"):
             batch = next(batches)
-        if first:
-            self.listener.on_compile()
         self.tracer.before(step)
+        if self.watch is not None:
+            self.watch.stepped(step)
         state, metrics = self.driver.step(state, batch)
-        self.tracer.after(step, metrics)
-        if first:
+        if self.tracer.after(step, metrics):
+            _log.info("trace of steps %s is in %s", self.config.profile_steps, self.work.trace)
+        self.in_flight.push(step + 1, metrics)
+        if self.first_step is None:
             jax.block_until_ready(metrics)
             self.first_step = seconds_since_start()
-            self._clock = (time.perf_counter(), step + 1)
-        self._pending.append((step + 1, metrics))
+            self.stopwatch.restart()
+            self._collect(everything=True)
+            self.meter.begin()
         return state
 
-    def _after(self, state: TrainState, step: int, last: Any) -> dict[str, float] | None:
-        """Log, evaluate and save as is due; the evaluation, if there was one."""
-        due_eval = step % self.eval_every == 0 or step == self.total
-        due_save = step % self.checkpoint_every == 0 or last
-        if step % self.config.log_every == 0 or due_eval or due_save or not self._shown:
-            self._flush()
+    def _after(
+        self, state: TrainState, step: int, stopped: str | None
+    ) -> tuple[str | None, dict[str, float] | None]:
+        """Log, evaluate and save as is due; what to stop by, and the evaluation."""
+        due_eval = self._eval_due(step) and not stopped
+        due_save = step % self.checkpoint_every == 0 or step == self.total
+        self._collect(everything=bool(due_eval or due_save or stopped))
         evaluated = None
         if due_eval:
-            evaluated = self._evaluate(state)
-            self.writer.write(step, "eval", evaluated)
-            self.listener.on_eval(step, evaluated)
-        if due_save:
+            evaluated = self._evaluate(state, step)
+            stopped = self.request.now()
+        if due_save or stopped or self._is_best(evaluated):
             self._save(state, step, evaluated)
-        if due_eval or due_save:
-            self._clock = (time.perf_counter(), step)
-        return evaluated
+        return stopped, evaluated
 
-    def _flush(self) -> None:
-        """Fetch and write what has been computed since the last time."""
-        if not self._pending:
-            return
-        fetched = [
-            (step, {name: float(value) for name, value in metrics.items()})
-            for step, metrics in jax.device_get(self._pending)
-        ]
-        self._pending = []
-        step = fetched[-1][0]
-        rate = self._rate(step)
-        for number, metrics in fetched:
-            self.writer.write(number, "train", metrics)
-            if metrics["nonfinite"] and self.config.on_nonfinite == "stop":
-                raise self._nonfinite(number, metrics)
-        self.listener.on_step(step, fetched[-1][1], rate)
-        self._shown = True
+    def _eval_due(self, step: int) -> bool:
+        return step % self.eval_every == 0 or step == self.total
 
-    def _rate(self, step: int) -> float:
-        """Images a second since the last flush, evaluation or save."""
-        began, first = self._clock or (time.perf_counter(), step)
-        now = time.perf_counter()
-        if step > first:
-            self._rates.append(((step - first) * self.config.batch_size, now - began))
-        self._clock = (now, step)
-        return self._rates[-1][0] / self._rates[-1][1] if self._rates else 0.0
+    def _is_best(self, evaluated: dict[str, float] | None) -> bool:
+        return evaluated is not None and (self._best is None or evaluated["accuracy"] > self._best)
+
+    def _collect(self, everything: bool = False) -> None:
+        """Write the numbers of the steps that are done."""
+        for step, metrics in self.in_flight.pop(everything):
+            self.meter.add(self.config.batch_size)
+            self.writer.write(step, "train", metrics)
+            if self._diverged(metrics):
+                raise self._nonfinite(step, metrics)
+            if step % self.config.log_every == 0 or step in (self.start + 1, self.total):
+                self._report(step, metrics)
+        if everything:
+            self.meter.lap()
+
+    def _report(self, step: int, metrics: dict[str, float]) -> None:
+        rate = self.meter.lap()
+        shares = self.stopwatch.shares()
+        self.listener.on_step(step, metrics, rate)
+        self.writer.scalars(step, "time", {**shares, "images_per_second": rate})
+        _log.info(
+            "step %d/%d  loss %.4f  accuracy %.2f %%  lr %.4f  %.0f images/s  time: %s",
+            step,
+            self.total,
+            metrics["loss"],
+            100 * metrics["accuracy"],
+            metrics["lr"],
+            rate,
+            ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items()),
+        )
+        if self._checkpoints is not None:
+            self._checkpoints.check()
+
+    def _diverged(self, metrics: dict[str, float]) -> bool:
+        if not metrics["nonfinite"] or self.config.on_nonfinite == "skip":
+            return False
+        # In float16 a gradient that overflows is how the loss scale finds its size.
+        return self.config.dtype != "float16" or not np.isfinite(metrics["loss"])
 
     def _nonfinite(self, step: int, metrics: dict[str, float]) -> NonFiniteError:
         """Keep the batch, which the seed and the step give again, and say where it is."""
-        from flaxres.train.workdir import replacing, write_json
-
-        source = pipeline.train_iterator(
-            self.info,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            data_dir=self.config.data_dir,
-            image_size=self.config.image_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            start_step=step - 1,
-        )
-        file = self.work.nonfinite / f"step{step}-process{jax.process_index()}.npz"
-        with replacing(file) as scratch:
-            np.savez(scratch, **next(source))
-        write_json(file.with_suffix(".json"), {"step": step, **{k: repr(v) for k, v in
-                                                                metrics.items()}})
+        file = keep_batch(self.work, step, next(self._source(step - 1)), metrics)
+        kept = f"the last good checkpoint is of step {self._saved}"
+        if self._saved is None:
+            kept = "there is no checkpoint yet"
         return NonFiniteError(
             f"loss or gradient not finite at step {step} (loss {metrics['loss']}, gradient norm "
-            f"{metrics['grad_norm']}); its batch is {file}, the last good checkpoint is in "
-            f"{self.work.checkpoints}; try a lower --lr, --clip-norm 1 or --on-nonfinite skip"
+            f"{metrics['grad_norm']}); its batch is {file} and {kept}; try a lower --lr, "
+            "--clip-norm 1 or --on-nonfinite skip"
         )
 
-    def _evaluate(self, state: TrainState) -> dict[str, float]:
-        with self.watch.during("eval"):
-            return run_evaluation(self.config, self.info, self.driver, state)
+    def _missed_evaluation(self, state: TrainState, step: int) -> dict[str, float] | None:
+        """The evaluation that was due at the checkpoint, where the run was stopped before it."""
+        writer = self.writer
+
+        def missed() -> bool:
+            return isinstance(writer, MetricsWriter) and not writer.evaluated(step)
+
+        if not step or not self._eval_due(step) or not distributed.share(missed):
+            return None
+        return self._evaluate(state, step)
+
+    def _evaluate(self, state: TrainState, step: int | None = None) -> dict[str, float] | None:
+        """Evaluate, and write it down as of a step; None where a signal came in between."""
+        with self.stopwatch.during("eval"), self._busy():
+            try:
+                evaluated = run_evaluation(
+                    self.config, self.info, self.driver, state, self.request.now
+                )
+            except Interrupted:
+                return None
+        self.meter.begin()
+        if step is not None:
+            self.writer.write(step, "eval", evaluated)
+            self.listener.on_eval(step, evaluated)
+            _log.info(
+                "step %d/%d  test accuracy %.2f %%  test loss %.4f",
+                step,
+                self.total,
+                100 * evaluated["accuracy"],
+                evaluated["loss"],
+            )
+        return evaluated
 
     def _save(self, state: TrainState, step: int, evaluated: dict[str, float] | None) -> None:
-        with self.watch.during("save"):
-            host = self.driver.unreplicate(state)
-            accuracy = evaluated["accuracy"] if evaluated else None
-            self.checkpoints.save(step, host, {"step": step}, self.config, accuracy)
+        with self.stopwatch.during("save"), self._busy():
+            if self.main or self.config.fsdp:
+                host = self.driver.unreplicate(state)
+            if self.main:
+                self.writer.flush()
+                accuracy = evaluated["accuracy"] if evaluated else None
+                self.checkpoints.save(step, host, {"step": step}, self.config, accuracy)
+        if evaluated is not None and self._is_best(evaluated):
+            self._best = evaluated["accuracy"]
+        self._saved = step
         self.listener.on_checkpoint(step)
+        self.meter.begin()
+
+    def _busy(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.watch is None else self.watch.busy()
 
     def _finish(
         self,
@@ -335,125 +366,57 @@ class _Run:
         step: int,
         evaluated: dict[str, float] | None,
         stopped: str | None,
-        restored: Any,
+        restored: Restored | None,
     ) -> Result:
+        if stopped and self._saved != step:  # before the first step
+            self._save(state, step, None)
         host = self.driver.unreplicate(state)
-        with self.watch.during("save"):
+        with self.stopwatch.during("save"), self._busy():
             if self._checkpoints is not None:
                 self._checkpoints.wait()
-        images, seconds = (sum(column) for column in zip(*self._rates, strict=True)) if (
-            self._rates
-        ) else (0, 1.0)
+        found = evaluated or {"loss": float("nan"), "accuracy": float("nan"), "examples": 0}
         result = Result(
             step=step,
-            loss=evaluated["loss"] if evaluated else float("nan"),
-            accuracy=evaluated["accuracy"] if evaluated else float("nan"),
-            examples=int(evaluated["examples"]) if evaluated else 0,
-            images_per_second=images / seconds,
+            loss=found["loss"],
+            accuracy=found["accuracy"],
+            examples=int(found["examples"]),
+            images_per_second=self.meter.mean(),
             time_to_first_step=self.first_step,
             params_sha256=params_sha256(host.params),
             workdir=str(self.work.path),
             resumed_from=restored.step if restored else None,
             stopped_by=stopped,
             skipped=int(host.skipped),
-            shares=self.watch.shares(),
+            shares=self.stopwatch.shares(),
+        )
+        _log.info(
+            "stopped by %s at step %d" if stopped else "%s at step %d", stopped or "done", step
         )
         self.listener.on_done(result)
         return result
 
-    def close(self) -> None:
-        """End traces and files; a save under way is finished."""
-        self.tracer.close()
-        self.writer.close()
-        if self._checkpoints is not None:
-            self._checkpoints.close()
-
-
-def run_evaluation(
-    config: TrainConfig, info: DataInfo, driver: Driver, state: TrainState
-) -> dict[str, float]:
-    """Mean loss and accuracy over the held-out split, every example counted once."""
-    batch_size = config.eval_batch_size or config.batch_size
-    batches = pipeline.eval_batches(
-        info,
-        info.eval_split,
-        batch_size=batch_size,
-        data_dir=config.data_dir,
-        image_size=config.image_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    sums = [driver.eval(state, batch) for batch in pipeline.prefetch(batches, driver.shard)]
-    totals = {name: sum(float(part[name]) for part in jax.device_get(sums)) for name in sums[0]}
-    count = totals["count"]
-    return {
-        "loss": totals["loss_sum"] / count,
-        "accuracy": totals["correct"] / count,
-        "examples": count,
-    }
-
-
-def _open(workdir: str, checkpoint: int | None) -> tuple[TrainConfig, DataInfo, Any]:
-    work = Workdir.existing(workdir)
-    config = dataclasses.replace(
-        work.config(), workdir=str(workdir), coordinator=None, num_processes=None, process_id=None
-    )
-    info = sources.describe(config.data, config.data_dir)
-    _, state = create_state(config, info)
-    if not work.checkpoints.is_dir():
-        raise ValueError(f"the run in {workdir!r} has no checkpoint yet")
-    checkpoints = Checkpoints(work.checkpoints, config.keep)
-    try:
-        restored = checkpoints.restore(state, checkpoint)
-    finally:
-        checkpoints.close()
-    if restored is None:
-        raise ValueError(f"the run in {workdir!r} has no checkpoint yet")
-    return config, info, restored
-
-
-def evaluate(workdir: str, checkpoint: int | None = None) -> Result:
-    """Evaluate the newest checkpoint of a run, or that of a step, on the held-out split."""
-    enable_compilation_cache()
-    config, info, restored = _open(workdir, checkpoint)
-    config = dataclasses.replace(config, driver="auto", devices=None, fsdp=False)
-    if config.batch_norm != "sync" or (config.eval_batch_size or config.batch_size) % len(
-        choose_devices(config)
-    ):
-        config = dataclasses.replace(config, driver="device")
-    driver = make_driver(config)
-    began = time.perf_counter()
-    found = run_evaluation(config, info, driver, driver.replicate(restored.state))
-    return Result(
-        step=restored.step,
-        loss=found["loss"],
-        accuracy=found["accuracy"],
-        examples=int(found["examples"]),
-        images_per_second=found["examples"] / (time.perf_counter() - began),
-        time_to_first_step=None,
-        params_sha256=params_sha256(restored.state.params),
-        workdir=str(workdir),
-    )
-
-
-def load(
-    workdir: str, checkpoint: int | None = None
-) -> tuple[ResNet, dict[str, Any], TrainConfig, DataInfo]:
-    """(model, variables, config, info) of a run, in the per-block layout, for looking into."""
-    from flaxres.identity import layout
-
-    config, info, restored = _open(workdir, checkpoint)
-    model = restored.state.task.model
-    return (*layout.unstack(model, restored.state.variables), config, info)
+    def close(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """End traces and files. A save under way is finished, except at a second Ctrl-C."""
+        if error is not None:
+            _log.error("%s", error or type(error).__name__)
+        closing = [self.tracer.close, self.writer.close]
+        if self._checkpoints is not None and not isinstance(error, KeyboardInterrupt):
+            closing.append(self._checkpoints.close)
+        for close in closing:
+            # The error that ends the run is not to be hidden by one that follows from it.
+            with contextlib.suppress(*((Exception,) if error else ())):
+                close()
 
 
 __all__ = [
     "Listener",
     "NonFiniteError",
+    "PeerError",
     "Result",
-    "StopRequest",
     "default_workdir",
+    "enable_compilation_cache",
     "evaluate",
     "load",
+    "run_evaluation",
     "train",
 ]

@@ -2,10 +2,12 @@
 
 import contextlib
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 import tempfile
@@ -14,6 +16,7 @@ from typing import Any, Self
 
 from flaxres.train.config import TrainConfig
 
+_SCRATCH = ".partial-"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -31,6 +34,9 @@ class Workdir:
         self.report = self.path / "report.html"
         self.trace = self.path / "trace"
         self.nonfinite = self.path / "nonfinite"
+        self.damaged = self.path / "damaged"
+        self.log = self.path / "log.txt"
+        self._lock = self.path / ".lock"
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> Self:
@@ -66,7 +72,7 @@ class Workdir:
             return True
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{str(self.path)!r} is a file: --workdir needs a directory")
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self.path.is_dir() and any(not _is_ours(file) for file in self.path.iterdir()):
             raise ValueError(
                 f"{str(self.path)!r} is not empty and not a work directory: use another --workdir"
             )
@@ -81,6 +87,40 @@ class Workdir:
         }
         write_text(self.config_file, json.dumps(about, indent=2) + "\n")
         return False
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for one run; the system lets go of it however the process ends.
+
+        Raises ValueError if a run holds it already.
+        """
+        with open(self._lock, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ValueError(
+                    f"{str(self.path)!r} is being trained in by {file.read().strip() or 'a run'}: "
+                    "wait for it, or use another --workdir"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            self._sweep()
+            yield
+
+    def _sweep(self) -> None:
+        """Remove what a kill left of files that were being written."""
+        for folder in (self.path, self.figures, self.nonfinite):
+            for file in folder.glob(f".*{_SCRATCH}*"):
+                file.unlink(missing_ok=True)
+
+
+def _is_ours(file: pathlib.Path) -> bool:
+    """Whether it is what a run that was killed in its first moments leaves."""
+    return file.name == ".lock" or (file.name.startswith(".") and _SCRATCH in file.name)
 
 
 def versions() -> dict[str, str]:
@@ -113,7 +153,9 @@ def _git_commit() -> str | None:
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A scratch file beside `path` that takes its name if the body succeeds, else goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(
+        prefix=f".{path.name}{_SCRATCH}", suffix=path.suffix, dir=path.parent
+    )
     os.close(handle)
     scratch = pathlib.Path(name)
     try:
