@@ -62,7 +62,7 @@ def table(model: ResNet, variables: Any) -> list[Row]:
 
 
 def _rows(model: ResNet) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for stage, size in enumerate(model.stage_sizes, 1):
         received, given = model.stage_channels(stage)
         for block in range(1, size + 1):
@@ -118,9 +118,7 @@ def select(model: ResNet, selector: Selector, variables: Any = None) -> list[Row
     return found
 
 
-def zero(
-    model: ResNet, variables: Any, selector: Selector = "*", part: str = "last"
-) -> Any:
+def zero(model: ResNet, variables: Any, selector: Selector = "*", part: str = "last") -> Any:
     """Make the selected branches give exactly 0.
 
     Args:
@@ -147,9 +145,7 @@ def zero(
     return _on_branches(model, variables, selector, change)
 
 
-def scale(
-    model: ResNet, variables: Any, selector: Selector = "*", *, by: jax.Array | float
-) -> Any:
+def scale(model: ResNet, variables: Any, selector: Selector = "*", *, by: jax.Array | float) -> Any:
     """Multiply what the selected branches give by a number, exactly, through their last weights."""
     if model.se:
         raise ValueError(
@@ -171,7 +167,7 @@ def interpolate(
 
     Batch statistics are interpolated too where everything is.
     """
-    if jax.tree.structure(a) != jax.tree.structure(b):
+    if str(jax.tree.structure(a)) != str(jax.tree.structure(b)):
         raise ValueError("a and b are variables of different models or layouts")
 
     def blend(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -37,8 +37,13 @@ def convert(model: ResNet, tree: Any) -> Any:
 
 def is_stacked(tree: Any) -> bool:
     """Whether any run of blocks in the tree is stacked."""
-    found = []
-    on_stages(tree, lambda name, stage: found.extend(filter(_RUN.fullmatch, stage)) or stage)
+    found: list[str] = []
+
+    def look(name: str, stage: dict[str, Any]) -> dict[str, Any]:
+        found.extend(key for key in stage if _RUN.fullmatch(key))
+        return stage
+
+    on_stages(tree, look)
     return bool(found)
 
 
@@ -88,7 +93,7 @@ def unstack_tree(tree: Any) -> Any:
 
 
 def on_stages(tree: Any, convert: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Any:
-    """Apply `convert` to every `stageN` dict anywhere in a pytree."""
+    """Apply `convert(name, blocks)` to every `stageN` dict anywhere in a pytree."""
 
     def has_stages(node: Any) -> bool:
         return isinstance(node, dict) and any(_STAGE.fullmatch(str(key)) for key in node)

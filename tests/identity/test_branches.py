@@ -25,7 +25,7 @@ def trained(name="resnet14_cifar", **fields):
     variables = init_variables(model, 0, IMAGES.shape)
     rng = np.random.default_rng(1)
     # Without norms larger weights would saturate the softmax to exact zeros.
-    size = 0.01 if model.norm == "none" else 0.1
+    size = 0.001 if model.norm == "none" else 0.1
     noisy = jax.tree.map(
         lambda leaf: (leaf + size * np.abs(rng.standard_normal(leaf.shape))).astype(leaf.dtype),
         variables,
@@ -140,9 +140,7 @@ def test_scale_multiplies_what_the_branch_gives(fields):
         _, seen = model.apply(variables, IMAGES, capture_intermediates=True, mutable=True)
         return seen["intermediates"]["stage1"]["block1"]["branch"]["__call__"][0]
 
-    scaled = jax.jit(
-        lambda v, by: branches.scale(model, v, "stage1/block1", by=by)
-    )(variables, 0.5)
+    scaled = jax.jit(lambda v, by: branches.scale(model, v, "stage1/block1", by=by))(variables, 0.5)
     np.testing.assert_allclose(given(scaled), 0.5 * given(variables), rtol=1e-4, atol=1e-6)
 
 
@@ -167,9 +165,7 @@ def test_reordering_back_restores_and_other_orders_differ(scan):
 def test_permute_moves_only_what_is_selected_and_keeps_every_block():
     model, variables = trained("resnet26_cifar")
     _, shuffled = branches.permute(model, variables, "stage2/*", seed=1)
-    chex.assert_trees_all_equal(
-        shuffled["params"]["stage1"], variables["params"]["stage1"]
-    )
+    chex.assert_trees_all_equal(shuffled["params"]["stage1"], variables["params"]["stage1"])
     before, after = (
         sorted(float(b["branch"]["conv2"]["kernel"].sum()) for b in v["params"]["stage2"].values())
         for v in (variables, shuffled)
@@ -203,9 +199,7 @@ def test_optimiser_state_moves_along():
     state = optimiser.init(params)
     _, state = optimiser.update(jax.tree.map(jnp.ones_like, params), state, params)
     model2, variables2, moved = branches.drop(model, variables, "stage1/block2", opt_state=state)
-    chex.assert_trees_all_equal(
-        moved[1].mu["stage1"]["block2"], state[1].mu["stage1"]["block3"]
-    )
+    chex.assert_trees_all_equal(moved[1].mu["stage1"]["block2"], state[1].mu["stage1"]["block3"])
     model3, variables3, grown = branches.deepen(model2, variables2, {"stage1": 1}, opt_state=moved)
     assert jax.tree.structure(grown) == jax.tree.structure(optimiser.init(variables3["params"]))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grown[1].mu["stage1"]["block4"]))
@@ -254,7 +248,11 @@ def refuse(operation, **fields):
 @pytest.mark.parametrize(
     "operation, fields, words",
     [
-        (lambda m, v: branches.zero(m, v, "stage9/*"), {}, "'stage9/*' matches no block; there are"),
+        (
+            lambda m, v: branches.zero(m, v, "stage9/*"),
+            {},
+            "'stage9/*' matches no block; there are",
+        ),
         (lambda m, v: branches.zero(m, v, lambda row: False), {}, "matches no block"),
         (lambda m, v: branches.zero(m, v, "*", "half"), {}, "unknown part 'half'"),
         (lambda m, v: branches.zero(m, v, "*", "scale"), {"style": "v2"}, "end in no scale"),
