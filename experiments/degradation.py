@@ -42,20 +42,23 @@ def draw(errors: dict[tuple[str, int], np.ndarray], opts: Options) -> None:
     with plots.figure(path, columns=2, sharey=True, figsize=(9, 3.6)) as panels:
         for axes, (kind, title) in zip(panels, kinds, strict=True):
             depths = sorted(depth for k, depth in errors if k == kind)
-            for depth, colour in zip(depths, (plots.SKY, plots.BLUE, plots.RED)[-len(depths) :],
-                                     strict=True):
+            for depth, colour in zip(
+                depths, (plots.SKY, plots.BLUE, plots.RED)[-len(depths) :], strict=True
+            ):
                 runs = np.stack([plots.smooth(run, 10) for run in errors[kind, depth]])
                 steps = np.arange(1, runs.shape[1] + 1)
                 axes.plot(steps, runs.mean(0), color=colour, label=f"{depth} layers")
                 if len(runs) > 1:
-                    axes.fill_between(steps, runs.min(0), runs.max(0), color=colour, alpha=0.2,
-                                      linewidth=0)
+                    axes.fill_between(
+                        steps, runs.min(0), runs.max(0), color=colour, alpha=0.2, linewidth=0
+                    )
             axes.axhline(90, color="grey", linewidth=0.8, linestyle=":")
             axes.set(title=title, xlabel="step", ylim=(0, 100))
             axes.legend()
         panels[0].set_ylabel("training error, %")
-        panels[0].annotate("chance", (0, 90), textcoords="offset points", xytext=(2, 3),
-                           color="grey", fontsize=8)
+        panels[0].annotate(
+            "chance", (0, 90), textcoords="offset points", xytext=(2, 3), color="grey", fontsize=8
+        )
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

@@ -32,7 +32,7 @@ __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
     from flaxres import data, interop, nets, train
-    from flaxres.identity import branches, claims, layout, probes
+    from flaxres.identity import branches, layout, probes
     from flaxres.nets.blocks import BasicBlock, BottleneckBlock, Residual
     from flaxres.nets.initialize import ResidualInit
     from flaxres.nets.resnet import ResNet

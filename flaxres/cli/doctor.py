@@ -27,9 +27,7 @@ def run(argv: list[str]) -> int:
     from flaxres.data import sources
     from flaxres.train.workdir import versions
 
-    missing = {
-        name: use for name, use in _EXTRAS.items() if importlib.util.find_spec(name) is None
-    }
+    missing = {name: use for name, use in _EXTRAS.items() if importlib.util.find_spec(name) is None}
     found = {
         "versions": versions(),
         "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],

@@ -21,7 +21,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
     "#F0E442",
     "#000000",
 )
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
@@ -69,10 +69,14 @@ def training_curves(source: pathlib.Path, path: pathlib.Path, title: str = "") -
     steps = {split: metrics.read(source, split) for split in ("train", "eval")}
     if not steps["train"]:
         return
-    train = {k: np.array([_number(line, k) for line in steps["train"]]) for k in
-             ("step", "loss", "accuracy", "lr")}
-    held = {k: np.array([_number(line, k) for line in steps["eval"]]) for k in
-            ("step", "loss", "accuracy")}
+    train = {
+        k: np.array([_number(line, k) for line in steps["train"]])
+        for k in ("step", "loss", "accuracy", "lr")
+    }
+    held = {
+        k: np.array([_number(line, k) for line in steps["eval"]])
+        for k in ("step", "loss", "accuracy")
+    }
     window = max(1, len(train["step"]) // 30)
     with figure(path, columns=3) as (left, middle, right):
         for axes, key, scale, name in (

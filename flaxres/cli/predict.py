@@ -34,6 +34,7 @@ def run(argv: list[str]) -> int:
     if command.top < 1:
         raise ValueError(f"top must be at least 1, not {command.top}")
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from flaxres.data import augment, images
@@ -41,7 +42,7 @@ def run(argv: list[str]) -> int:
 
     model, variables, config, info = loop.load(command.workdir, command.checkpoint)
     pixels = [images.read(path, info, config.image_size) for path in command.images]
-    batch = augment.normalize(np.stack(pixels), info.mean, info.std)
+    batch = augment.normalize(jnp.asarray(np.stack(pixels)), info.mean, info.std)
     shares = jax.nn.softmax(jax.jit(model.apply)(variables, batch), axis=-1)
     found = {}
     for path, row in zip(command.images, np.asarray(shares), strict=True):

@@ -24,8 +24,8 @@ def _opening(config: Any, total: int, driver: Any, step: int) -> str:
     plural = "s" if driver.num_devices > 1 else ""
     again = f", going on from step {step}" if step else ""
     return (
-        f"{config.model} on {config.data}: {total} steps of {config.batch_size} on {devices}{plural} "
-        f"({driver.name}), in {config.workdir}{again}"
+        f"{config.model} on {config.data}: {total} steps of {config.batch_size} on "
+        f"{devices}{plural} ({driver.name}), in {config.workdir}{again}"
     )
 
 

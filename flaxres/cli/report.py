@@ -10,7 +10,8 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem; }}
 img {{ max-width: 100%; }}
 table {{ border-collapse: collapse; margin: 1rem 0; }}
 td, th {{ text-align: left; padding: .15rem 1rem .15rem 0; border-bottom: 1px solid #ddd;

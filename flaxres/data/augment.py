@@ -102,7 +102,9 @@ def mixup(
     device however the batch is spread.
     """
     share = jax.random.beta(key, alpha, alpha).astype(jnp.float32)
-    mixed = share.astype(images.dtype) * images + (1 - share).astype(images.dtype) * swap_neighbours(images)
+    mixed = share.astype(images.dtype) * images + (1 - share).astype(
+        images.dtype
+    ) * swap_neighbours(images)
     return mixed, share * targets + (1 - share) * swap_neighbours(targets)
 
 

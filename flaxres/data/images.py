@@ -18,7 +18,9 @@ def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
     if image.shape[-1] == channels:
         return image
     if channels == 1:  # ITU-R 601 luma
-        return np.round(image[..., :3] @ np.array([0.299, 0.587, 0.114]))[..., None].astype(np.uint8)
+        return np.round(image[..., :3] @ np.array([0.299, 0.587, 0.114]))[..., None].astype(
+            np.uint8
+        )
     if image.shape[-1] == 1:
         return np.repeat(image, channels, axis=-1)
     if image.shape[-1] > channels == 3:

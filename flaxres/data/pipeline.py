@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -260,7 +260,7 @@ def local_size(batch_size: int, process_count: int) -> int:
 
 def prefetch(
     batches: Iterator[Batch], put: Callable[[Batch], Any], size: int = 2
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Hand batches to the device in a thread, at most `size` ahead of the consumer.
 
     An error of the source is raised to the consumer at its place. Closing the generator stops the

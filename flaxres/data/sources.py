@@ -131,9 +131,7 @@ def prepare(name: str, data_dir: str | None = None, manual_dir: str | None = Non
             "pip install 'flaxres[prepare]'"
         )
     try:
-        builder = tfds.builder(
-            name, data_dir=str(_directory(data_dir)), file_format="array_record"
-        )
+        builder = tfds.builder(name, data_dir=str(_directory(data_dir)), file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         raise ValueError(_unknown(name, data_dir)) from None
     config = tfds.download.DownloadConfig(manual_dir=manual_dir)

@@ -199,7 +199,7 @@ class ConvBranch(nn.Module):
     layers: tuple[Layer, ...]
     style: str = "v1"
     preactivated: bool = False
-    init: ResidualInit = initialize.RESIDUAL_INITS["default"]
+    start: ResidualInit = initialize.RESIDUAL_INITS["default"]
     blocks: int = 1
     se_ratio: float = 0.0
     antialias: bool = False
@@ -231,7 +231,7 @@ class ConvBranch(nn.Module):
         if _is_none(self.norm):
             return self.norm(name=f"norm{k}")
         is_last = self.style == "v1" and k == len(self.layers)
-        scale_init = self.init.scale_init(is_last, self.blocks)
+        scale_init = self.start.scale_init(is_last, self.blocks)
         return self.norm(name=f"norm{k}", scale_init=scale_init)
 
     def _convolve(self, x: jax.Array, k: int, layer: Layer) -> jax.Array:
@@ -242,20 +242,20 @@ class ConvBranch(nn.Module):
             (layer.kernel, layer.kernel),
             strides=1 if self.antialias else layer.strides,
             feature_group_count=layer.groups,
-            kernel_init=self.init.kernel_init(k, count, self.blocks, last_is_norm),
+            kernel_init=self.start.kernel_init(k, count, self.blocks, last_is_norm),
             name=f"conv{k}",
         )
         return checkpoint_name(conv(x), "conv")
 
     def _shift(self, x: jax.Array, name: str) -> jax.Array:
-        if not self.init.scalar_biases:
+        if not self.start.scalar_biases:
             return x
         return x + self.param(name, self.bias_init, (), self.param_dtype).astype(x.dtype)
 
     def _multiply(self, x: jax.Array) -> jax.Array:
-        if self.init.gain == "none":
+        if self.start.gain == "none":
             return x
-        shape = (x.shape[-1],) if self.init.gain == "channel" else ()
+        shape = (x.shape[-1],) if self.start.gain == "channel" else ()
         return x * self.param("gain", self.gain_init, shape, self.param_dtype).astype(x.dtype)
 
 
@@ -335,7 +335,7 @@ class _Block(nn.Module):
         return join(self._shortcut(kind, x, train), branch, act)
 
     def kind(self, channels: int) -> str:
-        """"plain", "identity", "padded" or "projection", for an input of so many channels."""
+        """ "plain", "identity", "padded" or "projection", for an input of so many channels."""
         if not self.residual:
             return "plain"
         out = self.features * self.expansion
@@ -358,9 +358,9 @@ class _Block(nn.Module):
             return Padded(out, self.strides, name="shortcut")(x)
         # In v2 the norm that reads the projection is that of the next block.
         norm = NoNorm if self.style == "v2" else self.norm
-        return Projection(
-            out, self.strides, self.avg_down, self.conv, norm, name="shortcut"
-        )(x, train)
+        return Projection(out, self.strides, self.avg_down, self.conv, norm, name="shortcut")(
+            x, train
+        )
 
 
 class BasicBlock(_Block):

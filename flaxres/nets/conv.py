@@ -32,7 +32,7 @@ def explicit_padding(
         return tuple(jax.lax.padtype_to_pads(size, kernel, strides, padding))
     if isinstance(padding, int):
         return ((padding, padding),) * len(kernel)
-    return tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
+    return tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in padding)
 
 
 def conv(
@@ -78,8 +78,11 @@ def _matmul(
     height = (x.shape[1] - rows) // strides[0] + 1
     width = (x.shape[2] - columns) // strides[1] + 1
     shifted = [
-        x[:, i : i + (height - 1) * strides[0] + 1 : strides[0],
-          j : j + (width - 1) * strides[1] + 1 : strides[1]]
+        x[
+            :,
+            i : i + (height - 1) * strides[0] + 1 : strides[0],
+            j : j + (width - 1) * strides[1] + 1 : strides[1],
+        ]
         for i in range(rows)
         for j in range(columns)
     ]

@@ -104,7 +104,7 @@ class Dirac:
         kernel = np.zeros(shape, np.float32)
         centre = tuple((k - 1) // 2 for k in shape[:-2])
         out = np.arange(shape[-1])
-        kernel[(*centre, out % shape[-2], out)] = 1.0
+        kernel[centre][out % shape[-2], out] = 1.0
         return kernel
 
 
@@ -341,9 +341,7 @@ def resolve(init: "str | ResidualInit") -> ResidualInit:
             raise ValueError(f"residual_init {init!r}: {error}") from None
     close = difflib.get_close_matches(name, residual_inits(), 3, 0.4)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    raise ValueError(
-        f"unknown residual_init {init!r}{hint} (known: {', '.join(residual_inits())})"
-    )
+    raise ValueError(f"unknown residual_init {init!r}{hint} (known: {', '.join(residual_inits())})")
 
 
 def _number(text: str) -> float:

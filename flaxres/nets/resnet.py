@@ -177,6 +177,11 @@ class ResNet(nn.Module):
         received = self.stem_width if stage == 1 else self.widths[stage - 2] * expansion
         return received, self.widths[stage - 1] * expansion
 
+    def make_block(self, stage: int, block: int) -> nn.Module:
+        """The block module of this place (both from 1), to be applied to its own variables."""
+        strides = self.stage_strides(stage) if block == 1 else 1
+        return self._block(stage, self._conv())(strides=strides, parent=None)
+
     def drop_rates(self) -> tuple[float, ...] | None:
         """Stochastic-depth rate of each block, None when off (Huang 2016, §3: linear in depth)."""
         if not self.stochastic_depth:
@@ -250,9 +255,7 @@ class Stem(nn.Module):
         act = activation(self.activation)
         if self.kind == "deep":
             for k, (width, strides) in enumerate(((2, 2), (2, 1)), 1):
-                x = self.conv(
-                    self.features // width, (3, 3), strides=strides, name=f"conv{k}"
-                )(x)
+                x = self.conv(self.features // width, (3, 3), strides=strides, name=f"conv{k}")(x)
                 x = self.norm(name=f"norm{k}")(x, train, act)
             x = self.conv(self.features, (3, 3), name="conv3")(x)
         elif self.kind == "imagenet":
@@ -264,8 +267,8 @@ class Stem(nn.Module):
         if self.kind == "cifar":
             return x
         # Padding is −inf, not 0: in v2 the stem's outputs may all be negative.
-        strides = (1, 1) if self.antialias else (2, 2)
-        x = nn.max_pool(x, (3, 3), strides, ((1, 1), (1, 1)))
+        pool_strides = (1, 1) if self.antialias else (2, 2)
+        x = nn.max_pool(x, (3, 3), pool_strides, ((1, 1), (1, 1)))
         return blur(x, 2) if self.antialias else x
 
 

@@ -75,7 +75,7 @@ class TrainConfig:
     weight_decay: float = 5e-4
     """Decay of the parameters that decay_mask names."""
     decay_mask: tuple[str, ...] = ("/kernel$",)
-    """Regular expressions on parameter names; each must match some. Norms and biases are left out."""
+    """Regular expressions on parameter names; each must match. Norms and biases are left out."""
     layer_decay: float = 1.0
     """Multiply updates by this to the power of the distance from the head; 1 is off."""
     clip_norm: float | None = None
@@ -160,7 +160,14 @@ class TrainConfig:
             value = getattr(self, field)
             _need(value is None or value > 0, field, value, "more than 0")
         _need(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "more than 0")
-        for field in ("weight_decay", "mixup", "cutmix", "workers", "warmup_steps", "warmup_epochs"):
+        for field in (
+            "weight_decay",
+            "mixup",
+            "cutmix",
+            "workers",
+            "warmup_steps",
+            "warmup_epochs",
+        ):
             _need(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         for field in ("label_smoothing", "momentum", "stochastic_depth"):
             value = getattr(self, field)
@@ -202,7 +209,9 @@ class TrainConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown fields in a configuration: {', '.join(unknown)}")
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        plain: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
         return cls(**plain)
 
     def diff(self, other: "TrainConfig") -> list[str]:
@@ -236,8 +245,11 @@ def profile_range(text: str) -> tuple[int, int]:
 def _choices() -> dict[str, tuple[str, ...]]:
     """Fields with a fixed list of values, from their types."""
     fields = dataclasses.fields(TrainConfig)
-    return {f.name: f.type.__args__ for f in fields if hasattr(f.type, "__args__")
-            and getattr(f.type, "__origin__", None) is Literal}
+    return {
+        f.name: f.type.__args__
+        for f in fields
+        if hasattr(f.type, "__args__") and getattr(f.type, "__origin__", None) is Literal
+    }
 
 
 def _need(condition: bool, field: str, value: Any, accepted: str) -> None:

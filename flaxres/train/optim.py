@@ -12,7 +12,7 @@ _STAGE = re.compile(r"stage(\d+)$")
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """"/stage1/block2/branch/conv1/kernel" of a tree path."""
+    """ "/stage1/block2/branch/conv1/kernel" of a tree path."""
     return "".join(f"/{getattr(key, 'key', getattr(key, 'name', key))}" for key in path)
 
 

@@ -34,11 +34,10 @@ class Task:
     classes: int
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that a step changes."""
 
-    step: jax.Array
+    step: Any
     """Steps taken, int32."""
     params: Any
     batch_stats: Any
@@ -47,7 +46,7 @@ class TrainState:
     """Moving average of the parameters, or None."""
     scale: DynamicScale | None
     """Loss scale, with float16 only."""
-    skipped: jax.Array
+    skipped: Any
     """Updates that were not applied because they were not finite, int32."""
     task: Task = flax.struct.field(pytree_node=False)
 

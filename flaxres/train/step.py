@@ -60,7 +60,7 @@ def train_step(
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
-    if ema is not None:
+    if ema is not None and config.ema is not None:
         ema = optax.incremental_update(params, ema, 1 - config.ema)
     new = (params, stats, opt_state, ema)
     old = (state.params, state.batch_stats, state.opt_state, state.ema)
@@ -89,7 +89,7 @@ def eval_step(state: TrainState, batch: Batch, config: TrainConfig) -> Metrics:
     task = state.task
     dtype = jnp.dtype(config.dtype)
     images = augment.normalize(batch["image"], task.mean, task.std, dtype)
-    logits = task.model.apply(state.variables, images, train=False)
+    logits: Any = task.model.apply(state.variables, images, train=False)
     soft = losses.targets(batch["label"], task.classes)
     loss = losses.cross_entropy(logits, soft)
     mask = batch["mask"]

@@ -115,7 +115,10 @@ def test_every_command_has_help_with_defaults(command, capsys):
 BAD = {
     "unknown command": (["trian"], "unknown command 'trian'; did you mean train?"),
     "unknown model": (["info", "resnet5O"], "unknown model 'resnet5O'; did you mean"),
-    "unknown model to train": (["train", "--model", "resnt20_cifar"], "did you mean resnet20_cifar"),
+    "unknown model to train": (
+        ["train", "--model", "resnt20_cifar"],
+        "did you mean resnet20_cifar",
+    ),
     "unknown data": (["train", "--data", "digit"], "unknown data set 'digit'; did you mean digits"),
     "not prepared": (
         ["train", "--data", "cifar10", "--data-dir", "nowhere"],
@@ -151,9 +154,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_gets_one_sentence_exit_2_and_leaves_nothing(
-    name, capsys, tmp_path, monkeypatch
-):
+def test_bad_input_gets_one_sentence_exit_2_and_leaves_nothing(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, sentence = BAD[name]
     code, out, err = call(capsys, *arguments)

@@ -46,7 +46,9 @@ def test_digits_are_the_real_ones(info):
 def test_published_moments_are_those_of_the_images(info):
     source = sources.open_source("digits", "train")
     pixels = np.stack([source[i]["image"] for i in range(len(source))]) / 255
-    np.testing.assert_allclose([pixels.mean(), pixels.std()], [info.mean[0], info.std[0]], atol=1e-4)
+    np.testing.assert_allclose(
+        [pixels.mean(), pixels.std()], [info.mean[0], info.std[0]], atol=1e-4
+    )
 
 
 def test_same_seed_same_batches_other_seed_other_batches(info):

@@ -142,7 +142,7 @@ def test_dropped_branch_leaves_the_shortcut():
     whole, _ = apply()
     for example, kept in zip(out, X, strict=True):
         dropped = np.array_equal(example, kept)
-        index = [i for i in range(4) if np.array_equal(X[i], kept)][0]
+        index = next(i for i in range(4) if np.array_equal(X[i], kept))
         scaled = np.allclose(example - kept, 2 * (whole[index] - kept), atol=1e-5)
         assert dropped != scaled
 

@@ -140,9 +140,7 @@ def test_fixup_scales_as_published():
 
 
 def test_dirac_makes_a_norm_free_plain_block_the_identity_on_what_it_receives():
-    block = flaxres.BasicBlock(
-        16, residual=False, residual_init="dirac", norm=NoNorm
-    )
+    block = flaxres.BasicBlock(16, residual=False, residual_init="dirac", norm=NoNorm)
     x = jnp.abs(jax.random.normal(jax.random.key(0), (2, 8, 8, 16)))
     out, _ = block.init_with_output(jax.random.key(1), x)
     chex.assert_trees_all_close(out, x, rtol=1e-6)

@@ -101,9 +101,7 @@ def test_scanned_net_equals_the_per_block_one(style, fields):
             )
             return (logits**2).mean(), updates["batch_stats"]
 
-        (value, stats), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-            variables["params"]
-        )
+        (value, stats), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
         results.append((value, flaxres.layout.unstack_tree((stats, grads))))
     (value, per_block), (scanned_value, scanned) = results
     np.testing.assert_allclose(value, scanned_value, rtol=1e-5)
@@ -142,8 +140,13 @@ def test_stem_pads_symmetrically():
     variables["params"]["stem"]["conv"]["kernel"] = kernel
     _, features = model.apply(variables, images, features=True)
     picked = np.maximum(images[0, ::2, ::2, 0], 0)
-    pooled = [[picked[max(0, 2 * i - 1) : 2 * i + 2, max(0, 2 * j - 1) : 2 * j + 2].max()
-               for j in range(8)] for i in range(8)]
+    pooled = [
+        [
+            picked[max(0, 2 * i - 1) : 2 * i + 2, max(0, 2 * j - 1) : 2 * j + 2].max()
+            for j in range(8)
+        ]
+        for i in range(8)
+    ]
     np.testing.assert_allclose(features["stem"][0, :, :, 0], pooled, rtol=1e-6)
 
 
