@@ -20,7 +20,15 @@ STEPS = 200
 def config(kind: str, depth: int, seed: int) -> TrainConfig:
     """The same recipe for all: only depth and shortcuts differ."""
     return TrainConfig(
-        model=f"{kind}{depth}_cifar", data="digits", steps=STEPS, batch_size=64, lr=0.1, seed=seed
+        model=f"{kind}{depth}_cifar",
+        data="digits",
+        steps=STEPS,
+        batch_size=64,
+        lr=0.1,
+        warmup_steps=20,
+        weight_decay=1e-4,
+        augment="none",
+        seed=seed,
     )
 
 

@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("flaxres.cli.evaluate", "evaluate a checkpoint of a run"),
     "predict": ("flaxres.cli.predict", "classify image files with a run's network"),
     "info": ("flaxres.cli.info", "stages, shapes, parameters and multiply-adds of a model"),
+    "claims": ("flaxres.cli.claims", "measure every claim of the argument on real data"),
     "data": ("flaxres.cli.data", "list, describe and prepare data sets"),
     "doctor": ("flaxres.cli.doctor", "what is installed, which devices there are, what is missing"),
 }

@@ -61,14 +61,14 @@ class Normal:
 
 @dataclasses.dataclass(frozen=True)
 class FanInNormal:
-    """He normal, fan-in: N(0, 2 / features_in) for a dense kernel `[in, out]`."""
+    """LeCun normal: N(0, 1 / features_in), for a dense kernel `[in, out]` of a linear output."""
 
     def __call__(self, key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
-        return Normal(math.sqrt(2 / shape[0]))(key, shape, dtype)
+        return Normal(math.sqrt(1 / shape[0]))(key, shape, dtype)
 
     def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """The same distribution from a numpy generator, float32."""
-        return Normal(math.sqrt(2 / shape[0])).draw(rng, shape)
+        return Normal(math.sqrt(1 / shape[0])).draw(rng, shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ HE = FanOutNormal()
 HEADS: dict[str, Initializer] = {
     "imagenet": Normal(0.01),  # Goyal 2017, §5.1
     "deep": Normal(0.01),
-    "cifar": FanInNormal(),  # He 2015, §4.2: all layers as arXiv 1502.01852
+    "cifar": FanInNormal(),  # keeps the variance of the pooled features (LeCun 1998)
 }
 
 

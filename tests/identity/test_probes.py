@@ -42,7 +42,7 @@ def by_hand(model, variables, images):
 def test_identity_distance_is_that_of_blocks_applied_by_hand(style):
     model, variables = small(style=style)
     report = jax.jit(lambda v, x: probes.identity(model, v, x))(variables, IMAGES)
-    for place, (row, x, out) in enumerate(by_hand(model, variables, IMAGES)):
+    for place, (_row, x, out) in enumerate(by_hand(model, variables, IMAGES)):
         if x.shape != out.shape:
             assert np.isnan(report["distance"][place])
             continue
