@@ -10,9 +10,10 @@ import numpy as np
 from flaxres.data import pipeline, sources
 from flaxres.data.sources import DataInfo
 from flaxres.nets.resnet import ResNet
+from flaxres.train.compiling import enable_compilation_cache
 from flaxres.train.config import TrainConfig
 from flaxres.train.drivers import make_driver
-from flaxres.train.loop import enable_compilation_cache, run_evaluation
+from flaxres.train.evaluation import run_evaluation
 from flaxres.train.state import TrainState, create_state, state_of
 
 
