@@ -60,7 +60,8 @@ class Checkpoints:
         self._damaged = damaged
         writable = damaged is not None
         if writable:
-            self._set_aside_torn()
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._delete_torn()
         policies = ocp.checkpoint_managers
         preserve = policies.AnyPreservationPolicy(
             [
@@ -76,7 +77,7 @@ class Checkpoints:
             preservation_policy=preserve,
             best_fn=lambda metrics: metrics[_METRIC],
             read_only=not writable,
-            create=writable,
+            create=False,
             # What a kill left half-written; in somebody else's run it may still be growing.
             cleanup_tmp_directories=writable,
             enable_async_checkpointing=True,
@@ -183,7 +184,7 @@ class Checkpoints:
             step = self.best()
         if step is not None:
             return self._read_step(into, step, steps)
-        damaged = []
+        damaged: list[int] = []
         for candidate in reversed(steps):
             try:
                 restored = self._read(into, candidate)
@@ -244,7 +245,7 @@ class Checkpoints:
             (self._directory / str(step)).rename(target)
         self._manager.reload()
 
-    def _set_aside_torn(self) -> None:
+    def _delete_torn(self) -> None:
         """A kill while an old checkpoint was being deleted leaves part of it: delete the rest."""
         for step in steps_on_disk(self._directory):
             folder = self._directory / str(step)

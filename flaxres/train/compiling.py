@@ -37,14 +37,14 @@ class Background:
     """Something that runs in a thread, such as the compiler, which leaves Python to others."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
-        self._work = work
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True, name="flaxres-compile")
+        # Not a daemon: an interpreter that ends under the compiler's feet aborts.
+        self._thread = threading.Thread(target=self._run, args=(work,), name="flaxres-compile")
         self._thread.start()
 
-    def _run(self) -> None:
+    def _run(self, work: Callable[[], Any]) -> None:
         try:
-            self._work()
+            work()
         except BaseException as error:
             self._error = error
 

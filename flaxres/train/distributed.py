@@ -180,7 +180,7 @@ def broadcast(tree: Any, chunk: int = 1 << 26) -> Any:
     if jax.process_count() == 1:
         return tree
     leaves, structure = jax.tree.flatten(tree)
-    leaves = [np.ascontiguousarray(leaf) for leaf in leaves]
+    leaves = [np.asarray(leaf) for leaf in leaves]
     flat = np.concatenate([leaf.reshape(-1).view(np.uint8) for leaf in leaves])
     chunk = min(chunk, max(1, flat.size))
     padded = np.pad(flat, (0, -flat.size % chunk)).reshape(-1, chunk)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import logging
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -21,12 +20,12 @@ from flaxres.train.distributed import PeerError
 from flaxres.train.drivers import Driver, make_driver
 from flaxres.train.evaluation import Interrupted, evaluate, load, run_evaluation
 from flaxres.train.metrics import (
-    RUN_LOG,
     InFlight,
     MetricsWriter,
     NoWriter,
     keep_batch,
     logging_to,
+    run_log,
 )
 from flaxres.train.preempt import StopRequest, stop_requests
 from flaxres.train.profile import Meter, Stopwatch, Tracer, seconds_since_start
@@ -35,7 +34,6 @@ from flaxres.train.state import TrainState, create_state, input_shape, params_sh
 from flaxres.train.watch import Watch
 from flaxres.train.workdir import Workdir
 
-_log = logging.getLogger(RUN_LOG)
 _MIN_EVAL_EVERY = 100
 
 
@@ -139,7 +137,7 @@ class _Run:
         restored = self._restore(state)
         if restored is not None:
             state, self.start, self._saved = restored.state, restored.step, restored.step
-            _log.info("going on from the checkpoint of step %d", restored.step)
+            run_log.info("going on from the checkpoint of step %d", restored.step)
         step, stopped = self.start, None
         if self.main:
             self.writer = MetricsWriter(self.work, step)
@@ -165,7 +163,9 @@ class _Run:
         local = pipeline.local_size(self.config.batch_size, jax.process_count())
         shape = (local, *input_shape(self.config, self.info)[1:])
         batch = {"image": np.zeros(shape, np.uint8), "label": np.zeros(local, np.int32)}
-        placed = abstract(self.driver.replicate(state)), abstract(self.driver.shard(batch))
+        placed = self.driver.replicate(state), self.driver.shard(batch)
+        if jax.process_count() == 1:  # with more, pmap takes nothing but arrays
+            placed = abstract(placed[0]), abstract(placed[1])
         return Background(lambda: self.driver.compile(*placed))
 
     def _until_compiled(self, compiling: Background | None) -> str | None:
@@ -231,7 +231,7 @@ class _Run:
             self.watch.stepped(step)
         state, metrics = self.driver.step(state, batch)
         if self.tracer.after(step, metrics):
-            _log.info("trace of steps %s is in %s", self.config.profile_steps, self.work.trace)
+            run_log.info("trace of steps %s is in %s", self.config.profile_steps, self.work.trace)
         self.in_flight.push(step + 1, metrics)
         if self.first_step is None:
             jax.block_until_ready(metrics)
@@ -279,7 +279,7 @@ class _Run:
         shares = self.stopwatch.shares()
         self.listener.on_step(step, metrics, rate)
         self.writer.scalars(step, "time", {**shares, "images_per_second": rate})
-        _log.info(
+        run_log.info(
             "step %d/%d  loss %.4f  accuracy %.2f %%  lr %.4f  %.0f images/s  time: %s",
             step,
             self.total,
@@ -334,7 +334,7 @@ class _Run:
         if step is not None:
             self.writer.write(step, "eval", evaluated)
             self.listener.on_eval(step, evaluated)
-            _log.info(
+            run_log.info(
                 "step %d/%d  test accuracy %.2f %%  test loss %.4f",
                 step,
                 self.total,
@@ -389,7 +389,7 @@ class _Run:
             skipped=int(host.skipped),
             shares=self.stopwatch.shares(),
         )
-        _log.info(
+        run_log.info(
             "stopped by %s at step %d" if stopped else "%s at step %d", stopped or "done", step
         )
         self.listener.on_done(result)
@@ -398,7 +398,7 @@ class _Run:
     def close(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """End traces and files. A save under way is finished, except at a second Ctrl-C."""
         if error is not None:
-            _log.error("%s", error or type(error).__name__)
+            run_log.error("%s", error or type(error).__name__)
         closing = [self.tracer.close, self.writer.close]
         if self._checkpoints is not None and not isinstance(error, KeyboardInterrupt):
             closing.append(self._checkpoints.close)

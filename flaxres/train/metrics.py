@@ -14,8 +14,10 @@ import numpy as np
 
 from flaxres.train.workdir import Workdir, replacing, write_json
 
-RUN_LOG = "flaxres.run"
-"""Name of the logger whose lines go to log.txt alone."""
+run_log = logging.getLogger("flaxres.run")
+"""Its lines go to log.txt alone: what a person is shown is the listener's to say."""
+run_log.propagate = False
+run_log.setLevel(logging.INFO)
 
 
 class MetricsWriter:
@@ -160,16 +162,13 @@ def logging_to(file: pathlib.Path) -> Iterator[None]:
     """Append what a run does, and every warning of flaxres, to a file, one plain line each."""
     handler = logging.FileHandler(file, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    # The run's own lines go nowhere else: what a person is shown is the listener's to say.
-    run, package = logging.getLogger(RUN_LOG), logging.getLogger("flaxres")
-    run.propagate = False
-    run.setLevel(logging.INFO)
-    for logger in (run, package):
+    loggers = run_log, logging.getLogger("flaxres")
+    for logger in loggers:
         logger.addHandler(handler)
     try:
         yield
     finally:
-        for logger in (run, package):
+        for logger in loggers:
             logger.removeHandler(handler)
         handler.close()
 

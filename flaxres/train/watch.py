@@ -78,15 +78,21 @@ class Watch:
     def stepped(self, step: int) -> None:
         """Tell the others that this process is about to take this step."""
         now = time.monotonic()
-        if self._step >= 0 and not self._busy:
+        if self._step < 0:
+            self._busy = 0  # until now it compiled
+        else:
             self._pace = max(now - self._stepped, 0.9 * self._pace)
-        self._step, self._stepped, self._busy = step, now, 0
+        self._step, self._stepped = step, now
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
-        """While in the body, and until the next step, lack of steps is no hanging."""
+        """While in the body, such as saving, do not take the lack of steps for hanging."""
         self._busy += 1
-        yield
+        try:
+            yield
+        finally:
+            self._busy -= 1
+            self._stepped = time.monotonic()
 
     def announce(self, reason: str) -> None:
         """Tell the others why this process cannot go on."""
