@@ -7,6 +7,7 @@ import difflib
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 
 # command -> (module, what it does)
@@ -46,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error), 2)
     except KeyboardInterrupt:
-        return _fail("stopped", 130)
+        code = _fail("stopped", 130)
+        if threading.active_count() > 1:  # Python would wait for savers and compilers to finish
+            sys.stdout.flush()
+            os._exit(code)
+        return code
     except BrokenPipeError:
         # The reader of our output has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
