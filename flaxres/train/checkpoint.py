@@ -120,14 +120,13 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raise OSError if a save that was begun has failed; does not wait."""
-        with self._failures():
-            self._manager.check_for_errors()
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Return when nothing is being saved any more; raises as `save`."""
         with self._failures():
             self._manager.wait_until_finished()
-            self._manager.check_for_errors()
 
     def close(self) -> None:
         """Wait, and let go."""
@@ -139,6 +138,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # whatever the storage raises
+            for half in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half, ignore_errors=True)
             complete = steps_on_disk(self._directory)
             having = f"step {complete[-1]}" if complete else "none"
             raise OSError(

@@ -213,13 +213,14 @@ def watched() -> Iterator[Watch | None]:
     try:
         yield watch
     except BaseException as error:
-        atexit.register(leave, 1)
         if not any(part in str(error) for part in _LOST):
             watch.announce(f"process {jax.process_index()} stopped: {_first_line(error)}")
             watch.close(done=False)
+            atexit.register(leave, _exit_code(error))
             raise
         reason = watch.reason(seconds=3) or f"another process has died ({_first_line(error)})"
         watch.close(done=False)
+        atexit.register(leave, 1)
         raise PeerError(
             f"{reason}; started again, the run goes on from its last checkpoint"
         ) from error
@@ -237,6 +238,10 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _exit_code(error: BaseException) -> int:
+    return 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _first_line(error: BaseException) -> str:
