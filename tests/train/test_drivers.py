@@ -70,9 +70,10 @@ def test_device_statistics_are_those_of_ghost_batches_as_large_as_a_device_share
 
 
 def test_sharded_parameters_change_nothing():
-    config = dataclasses.replace(CONFIG, fsdp=True, model="resnet14_cifar")
-    found = run(config, "mesh")
-    assert_same(found, run(dataclasses.replace(CONFIG, model="resnet14_cifar"), "device", 1))
+    # Deeper nets amplify rounding with the size of their steps.
+    config = dataclasses.replace(CONFIG, fsdp=True, model="resnet14_cifar", lr=0.01)
+    reference = dataclasses.replace(config, fsdp=False)
+    assert_same(run(config, "mesh"), run(reference, "device", 1))
     driver = make_driver(config, "mesh")
     state = driver.replicate(create_state(config, INFO)[1])
     kernel = state.params["stage3"]["block2"]["branch"]["conv2"]["kernel"]
@@ -81,9 +82,9 @@ def test_sharded_parameters_change_nothing():
 
 @pytest.mark.parametrize("driver", ["pmap", "mesh"])
 def test_stacked_layout_trains_the_same(driver):
-    config = dataclasses.replace(CONFIG, model="resnet14_cifar")
-    stacked, _ = run(dataclasses.replace(config, scan="on"), driver)
-    whole, _ = run(dataclasses.replace(config, scan="off"), driver)
+    config = dataclasses.replace(CONFIG, model="resnet14_cifar", lr=0.01)
+    stacked, _ = run(dataclasses.replace(config, scan="on"), driver, steps=2)
+    whole, _ = run(dataclasses.replace(config, scan="off"), driver, steps=2)
     assert layout.is_stacked(stacked.params)
     chex.assert_trees_all_close(
         layout.unstack_tree(stacked.params), whole.params, atol=2e-4, rtol=1e-3

@@ -53,8 +53,11 @@ def _depth_is_one_function(context: Context) -> Judged:
         logits: Any = model.apply(branches.zero(model, context.start(model)), context.images)
         reference = logits if reference is None else reference
         largest = max(largest, float(jnp.max(jnp.abs(logits - reference))))
-    numbers = {"largest difference of logits": largest}
-    return numbers, Verdict.of(largest == 0), f"max |Δ logits| = {largest:g}", None
+    # A constant would be one function too, and is what plain nets are.
+    spread = float(np.ptp(np.asarray(reference), axis=0).max())
+    numbers = {"largest difference of logits": largest, "spread over inputs": spread}
+    text = f"max |Δ logits| = {largest:g}, over inputs they vary by {spread:.2g}"
+    return numbers, Verdict.of(largest == 0 and spread > 0), text, None
 
 
 def _plain_zero_is_dead(context: Context) -> Judged:
@@ -295,7 +298,8 @@ CLAIMS = (
         "depth_is_one_function",
         "With zero branches, nets of any depth are one function: deeper is never worse.",
         "He 2015, §1",
-        "largest difference of logits between nets of 3, 6 and 12 zero blocks; must be 0",
+        "largest difference of logits between nets of 3, 6 and 12 zero blocks; must be 0, and the "
+        "function no constant",
         _depth_is_one_function,
     ),
     Claim(
