@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import pathlib
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -294,10 +295,19 @@ def _brief(error: BaseException) -> str:
 
 
 def _quieten_orbax() -> None:
-    """Orbax logs every failure with its stack trace; ours is one sentence, and raised."""
+    """Orbax logs every failure with stack traces; ours is one sentence, raised or logged once."""
     logger = logging.getLogger("absl")
-    if not any(isinstance(known, _NotOrbax) for known in logger.filters):
-        logger.addFilter(_NotOrbax())
+    if any(isinstance(known, _NotOrbax) for known in logger.filters):
+        return
+    logger.addFilter(_NotOrbax())
+    report = sys.unraisablehook
+
+    def report_unless_late(unraisable: Any) -> None:
+        # Other reads or writes of the same checkpoint that end after the first has failed.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = report_unless_late
 
 
 class _NotOrbax(logging.Filter):

@@ -113,7 +113,7 @@ class _Run:
         self.checkpoint_every = config.checkpoint_every or self.eval_every
         self.stopwatch, self.meter, self.in_flight = Stopwatch(), Meter(), InFlight()
         steps = profile_range(config.profile_steps) if config.profile_steps else None
-        self.tracer = Tracer(steps, work.trace)
+        self.tracer = Tracer(steps if self.main else None, work.trace)
         self.writer: MetricsWriter | NoWriter = NoWriter()
         self.first_step: float | None = None
         self.start = 0
