@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import jax
 import numpy as np
 import pytest
 
@@ -201,3 +202,179 @@ def test_outside_the_main_thread_signals_are_left_alone(tmp_path):
     thread.start()
     thread.join()
     assert results[0].step == 2
+
+
+def test_a_run_holds_its_directory(tmp_path):
+    """A second run in it is refused while the first goes on, and nothing of it is written."""
+    refused = []
+
+    class Second(loop.Listener):
+        def on_step(self, step, metrics, images_per_second):
+            if not refused:
+                with pytest.raises(ValueError, match="is being trained in by process [0-9]+ on"):
+                    loop.train(config(tmp_path, log_every=2))
+                refused.append(step)
+
+    result = loop.train(config(tmp_path), listener=Second())
+    assert refused and steps_of(result, "train") == list(range(1, 13))
+
+
+def test_what_a_kill_leaves_of_the_first_moments_is_no_obstacle(tmp_path, whole):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".config.json.partial-abc.json").write_text("{")
+    (run / ".lock").write_text("process 1 on elsewhere")
+    assert loop.train(config(tmp_path)).params_sha256 == whole.params_sha256
+    assert not list(run.glob(".*partial*"))
+
+
+def test_signal_while_compiling_ends_the_run_before_it_began(tmp_path, whole):
+    class Stop(loop.Listener):
+        def on_start(self, config, total, driver, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = loop.train(config(tmp_path), listener=Stop())
+    assert (stopped.step, stopped.stopped_by) == (0, "SIGTERM")
+    resumed = loop.train(config(tmp_path))
+    assert resumed.resumed_from == 0
+    assert resumed.params_sha256 == whole.params_sha256
+    assert steps_of(resumed, "train") == list(range(1, 13))
+
+
+@pytest.mark.parametrize("step", [6, 12])
+def test_evaluation_that_a_signal_ends_is_made_up_for(tmp_path, whole, monkeypatch, step):
+    real = loop.run_evaluation
+
+    def stopped_there(configuration, info, driver, state, interrupted=lambda: None):
+        if int(jax.device_get(state.step)) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(configuration, info, driver, state, interrupted)
+
+    monkeypatch.setattr(loop, "run_evaluation", stopped_there)
+    stopped = loop.train(config(tmp_path))
+    assert (stopped.step, stopped.stopped_by) == (step, "SIGTERM")
+    assert step not in steps_of(stopped, "eval")
+    monkeypatch.undo()
+    resumed = loop.train(config(tmp_path))
+    assert resumed.stopped_by is None and resumed.accuracy == whole.accuracy
+    assert steps_of(resumed, "eval") == [6, 12]
+    assert steps_of(resumed, "train") == list(range(1, 13))
+
+
+def test_signal_after_the_last_step_is_too_late(tmp_path):
+    result = loop.train(config(tmp_path), listener=StopAt(12))
+    assert result.stopped_by in (None, "SIGTERM")
+    assert result.step == 12
+
+
+def test_second_ctrl_c_ends_a_run_without_saving(tmp_path):
+    class Twice(loop.Listener):
+        def on_step(self, step, metrics, images_per_second):
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config(tmp_path, checkpoint_every=12), listener=Twice())
+    assert not list((tmp_path / "run").glob("checkpoints/[0-9]*"))
+
+
+def test_kept_batch_is_the_one_of_that_step(tmp_path):
+    from flaxres.data import pipeline, sources
+
+    with pytest.raises(loop.NonFiniteError) as caught:
+        loop.train(config(tmp_path, lr=1e30))
+    (about,) = (tmp_path / "run" / "nonfinite").glob("*.json")
+    step = json.loads(about.read_text())["step"]
+    assert f"at step {step} " in str(caught.value)
+    source = pipeline.train_iterator(
+        sources.describe("digits"), batch_size=16, seed=0, start_step=step - 1
+    )
+    with np.load(about.with_suffix(".npz")) as kept:
+        batch = next(source)
+        np.testing.assert_array_equal(kept["image"], batch["image"])
+        np.testing.assert_array_equal(kept["label"], batch["label"])
+    assert "there is no checkpoint yet" in str(caught.value)
+
+
+def test_diverged_run_goes_on_where_updates_may_be_skipped(tmp_path):
+    with pytest.raises(loop.NonFiniteError):
+        loop.train(config(tmp_path, lr=1e30, checkpoint_every=1))
+    result = loop.train(config(tmp_path, lr=1e30, checkpoint_every=1, on_nonfinite="skip"))
+    assert result.step == 12 and result.skipped > 0
+    assert steps_of(result, "train") == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_overflow_of_a_float16_gradient_is_no_reason_to_stop(tmp_path):
+    result = loop.train(config(tmp_path, dtype="float16", steps=4, eval_every=4))
+    assert result.step == 4 and np.isfinite(result.loss)
+
+
+def test_averaged_parameters_go_on_bitwise(tmp_path):
+    average = {"ema": 0.9, "optimizer": "adamw", "lr": 1e-3}
+    reference = loop.train(config(tmp_path / "whole", **average))
+    stopped = loop.train(config(tmp_path, **average), listener=StopAt(4))
+    assert stopped.step < 12
+    resumed = loop.train(config(tmp_path, **average))
+    assert (resumed.params_sha256, resumed.loss) == (reference.params_sha256, reference.loss)
+
+
+def test_best_is_kept_and_loads(whole):
+    best = max(
+        metrics.read(Workdir(whole.workdir).metrics_file, "eval"), key=lambda line: line["accuracy"]
+    )
+    assert loop.evaluate(whole.workdir, "best").accuracy == best["accuracy"]
+    model, variables, stored, info = loop.load(whole.workdir, "best")
+    assert model.num_classes == info.num_classes == 10 and stored.model == "resnet8_cifar"
+    assert set(variables) == {"params", "batch_stats"}
+
+
+def test_log_and_result_share_out_the_time(whole):
+    assert set(whole.shares) == {"step", "data", "eval", "save"}
+    assert sum(whole.shares.values()) == pytest.approx(1)
+    log = Workdir(whole.workdir).log.read_text()
+    assert "step 12/12" in log and "time: step" in log and "test accuracy" in log
+
+
+def test_profile_steps_leave_a_trace(tmp_path):
+    loop.train(config(tmp_path, profile_steps="3:5", steps=6))
+    assert list((tmp_path / "run" / "trace").rglob("perfetto_trace.json.gz"))
+
+
+def test_a_run_compiles_its_step_once(tmp_path, caplog):
+    caplog.set_level("WARNING")
+    jax.config.update("jax_log_compiles", True)  # as a context it would not reach other threads
+    try:
+        loop.train(config(tmp_path, steps=20))
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    compiled = [r for r in caplog.records if "Compiling jit(train_step)" in r.getMessage()]
+    assert len(compiled) == 1
+
+
+def test_metrics_that_cannot_be_written_end_the_run_in_a_sentence(tmp_path, monkeypatch):
+    def full(self, step, split, values):
+        raise OSError("runs/a/metrics.jsonl could not be written: No space left on device")
+
+    monkeypatch.setattr(loop.MetricsWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        loop.train(config(tmp_path))
+    monkeypatch.undo()
+    assert loop.train(config(tmp_path)).step == 12
+
+
+def test_compiled_programs_are_kept_unless_told_otherwise(tmp_path):
+    code = "from flaxres.train import loop; import jax; loop.enable_compilation_cache()\n"
+    code += "print(jax.config.values['jax_compilation_cache_dir'])"
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMP", "FLAXRES"))}
+
+    def folder(**env):
+        command = [sys.executable, "-c", code]
+        return subprocess.run(
+            command, env={**own, **env}, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    assert folder(XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "flaxres" / "compiled")
+    assert folder(JAX_COMPILATION_CACHE_DIR="/there") == "/there"
+    assert folder(FLAXRES_COMPILATION_CACHE="0") == "None"
