@@ -101,7 +101,8 @@ def _by_name(name: str) -> Any:
     def checked(rate: Any) -> optax.GradientTransformation:
         try:
             made = make(rate)
-        except TypeError:
+            made.init({})  # combinators of optax fail only here
+        except (TypeError, AttributeError):
             made = None
         if not isinstance(made, optax.GradientTransformation):
             raise ValueError(f"optax.{name} is no optimiser that takes a learning rate alone")

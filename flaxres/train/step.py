@@ -21,7 +21,13 @@ _AUGMENT, _MIX, _DROP = range(3)
 
 
 def train_step(
-    state: TrainState, batch: Batch, config: TrainConfig, *, axis_name: str | None = None
+    state: TrainState,
+    batch: Batch,
+    config: TrainConfig,
+    *,
+    axis_name: str | None = None,
+    seed: jax.Array | int | None = None,
+    lr_factor: jax.Array | float = 1.0,
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step.
 
@@ -31,13 +37,16 @@ def train_step(
         this device's rows of it where `axis_name` names the mapped axis.
       config: the run.
       axis_name: mapped axis over which gradients, batch statistics and metrics are averaged.
+      seed: in place of the configuration's, where several runs are mapped over.
+      lr_factor: multiplies the learning rate, likewise.
 
     Returns:
       The next state and metrics, float32 scalars: loss, accuracy, lr, grad_norm, nonfinite (1 if
       the update was not finite; then parameters, statistics and optimiser stay as they were).
     """
     task = state.task
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    key = jax.random.key(config.seed if seed is None else seed)
+    key = jax.random.fold_in(key, state.step)
     local = batch["label"].shape[0]
     shard = 0 if axis_name is None else jax.lax.axis_index(axis_name)
     keys = augment.example_keys(jax.random.fold_in(key, _AUGMENT), local, shard * local)
@@ -58,6 +67,8 @@ def train_step(
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & fits
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
+    # Every update here is linear in the learning rate, decay included.
+    updates = jax.tree.map(lambda u: u * jnp.asarray(lr_factor, u.dtype), updates)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None and config.ema is not None:
@@ -68,7 +79,7 @@ def train_step(
     metrics = {
         "loss": loss,
         "accuracy": hits,
-        "lr": jnp.asarray(task.schedule(state.step), jnp.float32),
+        "lr": jnp.asarray(task.schedule(state.step), jnp.float32) * lr_factor,
         "grad_norm": norm,
         "nonfinite": 1.0 - finite.astype(jnp.float32),
     }
