@@ -241,7 +241,9 @@ def leave(code: int) -> None:
 
 
 def _exit_code(error: BaseException) -> int:
-    return 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+    return (
+        2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+    )
 
 
 def _first_line(error: BaseException) -> str:

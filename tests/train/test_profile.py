@@ -85,7 +85,9 @@ def test_trace_of_the_named_steps_opens(tmp_path):
     assert traced(tmp_path, (2, 4), range(6)) == [3]
     (file,) = tmp_path.rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
-    assert any("tanh" in event.get("name", "") or "dot" in event.get("name", "") for event in events)
+    assert any(
+        "tanh" in event.get("name", "") or "dot" in event.get("name", "") for event in events
+    )
     assert list(tmp_path.rglob("*.xplane.pb"))
 
 
