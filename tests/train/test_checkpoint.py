@@ -210,9 +210,9 @@ def test_when_all_are_damaged_it_says_so_and_touches_none(folder):
     save(folder, 1, 2)
     for step in (1, 2):
         truncate(largest(folder / str(step)))
-    with opened(folder) as checkpoints:
-        with pytest.raises(ValueError, match=r"no checkpoint in .* can be read \(tried steps 1, 2"):
-            checkpoints.restore(state())
+    tried = r"no checkpoint in .* can be read \(tried steps 1, 2"
+    with opened(folder) as checkpoints, pytest.raises(ValueError, match=tried):
+        checkpoints.restore(state())
     assert checkpoint.steps_on_disk(folder) == [1, 2]
 
 
