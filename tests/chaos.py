@@ -25,6 +25,7 @@ import time
 STEPS, EVAL_EVERY, SAVE_EVERY = 60, 20, 4
 MOMENTS = ("starting", "training", "saving")
 PEER_SECONDS = 15.0
+_COMMAND = (sys.executable, "-m", "flaxres.cli.main", "train")
 _OPTIONS = (
     "--model=resnet8_cifar --batch-size=16 --lr=0.01 --ema=0.9 --log-every=20 --keep=2 --json "
     f"--eval-batch-size=360 --steps={STEPS} --warmup-steps=0 --eval-every={EVAL_EVERY} "
@@ -81,8 +82,7 @@ class Attempt:
             with output.open("w") as stream:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "flaxres.cli.main", "train", *_OPTIONS]
-                        + [f"--workdir={work}", *own],
+                        [*_COMMAND, *_OPTIONS, f"--workdir={work}", *own],
                         env=env,
                         stdout=stream,
                         stderr=subprocess.STDOUT,

@@ -62,7 +62,7 @@ def default_config(argv: list[str]) -> TrainConfig:
     config = presets.get(name)
     if data is not None and _flag(argv, "--preset") is None and data != config.data:
         # A data set without a recipe: the digits' recipe for ten epochs.
-        config = dataclasses.replace(config, data=data, steps=None, epochs=10)
+        config = dataclasses.replace(config, data=data, image_size=None, steps=None, epochs=10)
     steps, epochs = _flag(argv, "--steps"), _flag(argv, "--epochs")
     if steps is not None and epochs is None:
         return dataclasses.replace(config, epochs=None)

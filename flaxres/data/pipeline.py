@@ -5,9 +5,6 @@ contiguous rows of it, so a run may go on with another number of processes. Smal
 once into memory; the batches are the same.
 """
 
-import collections
-import dataclasses
-import logging
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -15,139 +12,34 @@ from typing import Any
 
 import numpy as np
 
-from flaxres.data import images, sources
+from flaxres.data.decoding import MAX_CORRUPT, Batch, Faults, Reader, Stream, prepare
 from flaxres.data.sources import DataInfo
-
-Batch = dict[str, np.ndarray]
-_IN_MEMORY_BYTES = 1 << 30
-_CORRUPT_LIMIT = 100
-_log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Decodes examples by index; picklable, so that worker processes can have it."""
-
-    info: DataInfo
-    split: str
-    data_dir: str | None
-    image_size: int | None
-    random_crop: bool
-    seed: int
-    memory: tuple[np.ndarray, np.ndarray] | None = None
-
-    def batch(self, positions: np.ndarray, indices: np.ndarray) -> Batch:
-        """Examples at `indices`; `positions` are their places in the whole order, for crops."""
-        if self.memory is not None:
-            pixels, labels = self.memory
-            corrupt = np.full(len(indices), -1, np.int64)
-            return {"image": pixels[indices], "label": labels[indices], "corrupt": corrupt}
-        rows = [self._one(int(p), int(i)) for p, i in zip(positions, indices, strict=True)]
-        return {
-            "image": np.stack([row[0] for row in rows]),
-            "label": np.array([row[1] for row in rows], np.int32),
-            "corrupt": np.array([row[2] for row in rows], np.int64),
-        }
-
-    def _one(self, position: int, index: int) -> tuple[np.ndarray, int, int]:
-        """One example, or the next readable one in its place, so that batches keep their size."""
-        source = _source(self.info.name, self.split, self.data_dir)
-        corrupt = -1
-        for shift in range(len(source)):
-            try:
-                record = source[(index + shift) % len(source)]
-                pixels = self._fit(record[self.info.image_key], position)
-                return pixels, int(record[self.info.label_key]), corrupt
-            except Exception as error:  # decoders raise whatever they like
-                _log.debug("example %d of %s: %s", index, self.split, error)
-                corrupt = index if corrupt < 0 else corrupt
-        raise ValueError(f"no example of {self.info.name!r}, split {self.split!r}, can be read")
-
-    def _fit(self, pixels: np.ndarray, position: int) -> np.ndarray:
-        height, width, channels = self.info.image_shape
-        pixels = images.to_channels(np.asarray(pixels), channels)
-        if self.random_crop:
-            rng = np.random.Generator(np.random.Philox(key=(self.seed, position)))
-            return images.random_resized_crop(pixels, self.image_size or 224, rng)
-        if height is None or width is None:
-            return images.centre_crop(pixels, self.image_size or 224)
-        return images.resize(pixels, self.image_size or height, self.image_size or width)
-
-
-# Handles of open files, one per process; not state that changes any result.
-_SOURCES: dict[tuple[str, str, str | None], Any] = {}
-
-
-def _source(name: str, split: str, data_dir: str | None) -> Any:
-    key = (name, split, data_dir)
-    if key not in _SOURCES:
-        _SOURCES[key] = sources.open_source(name, split, data_dir)
-    return _SOURCES[key]
-
-
-def _reader(
-    info: DataInfo, split: str, data_dir: str | None, image_size: int | None, crop: bool, seed: int
-) -> _Reader:
-    if split not in info.splits:
-        raise ValueError(
-            f"data set {info.name!r} has no split {split!r} (found: {', '.join(info.splits)})"
-        )
-    crop = crop and None in info.image_shape
-    reader = _Reader(info, split, data_dir, image_size, crop, seed)
-    height, width, channels = info.image_shape
-    if height is None or width is None:
-        return reader
-    side = (image_size or height) * (image_size or width)
-    count = info.splits[split]
-    if count * side * channels > _IN_MEMORY_BYTES:
-        return reader
-    everything = np.arange(count)
-    decoded = reader.batch(everything, everything)
-    _report(decoded["corrupt"], collections.Counter(), info, split)
-    return dataclasses.replace(reader, memory=(decoded["image"], decoded["label"]))
-
-
-def _report(corrupt: np.ndarray, seen: collections.Counter, info: DataInfo, split: str) -> None:
-    """Name examples that could not be read, each once; stop when there are too many."""
-    for index in sorted({int(i) for i in corrupt if i >= 0} - set(seen)):
-        seen[index] += 1
-        _log.warning(
-            "example %d of %s (%s) cannot be read; the next readable one stands in for it",
-            index,
-            info.name,
-            split,
-        )
-    if len(seen) > _CORRUPT_LIMIT:
-        raise ValueError(
-            f"more than {_CORRUPT_LIMIT} examples of {info.name!r} ({split}) cannot be read, "
-            f"such as number {min(seen)}: prepare the data set again"
-        )
 
 
 class TrainIterator(Iterator[Batch]):
     """Endless batches of this process's rows; its whole state is the step."""
 
     def __init__(
-        self,
-        reader: _Reader,
-        make: Callable[[int], Iterator[Batch]],
-        step: int,
+        self, make: Callable[[int], Stream], faults: Faults, ahead: int, step: int
     ) -> None:
-        self._reader = reader
         self._make = make
-        self._corrupt: collections.Counter = collections.Counter()
+        self._faults = faults
+        self.ahead = ahead
+        """Batches that it makes ready itself, ahead of the one asked for."""
+        self._batches: Stream | None = None
         self.set_state({"step": step})
 
     def __next__(self) -> Batch:
-        batch = next(self._batches)
-        _report(batch.pop("corrupt"), self._corrupt, self._reader.info, self._reader.split)
+        if self._batches is None:
+            self._batches = self._make(self._step)
+        batch = self._faults.take_from(next(self._batches))
         self._step += 1
         return batch
 
     @property
     def corrupt(self) -> tuple[int, ...]:
         """Indices of the examples that could not be read so far."""
-        return tuple(sorted(self._corrupt))
+        return self._faults.indices
 
     def get_state(self) -> dict[str, int]:
         """The step whose batch comes next."""
@@ -155,8 +47,14 @@ class TrainIterator(Iterator[Batch]):
 
     def set_state(self, state: dict[str, int]) -> None:
         """Go to a state that `get_state` gave."""
+        self.close()
         self._step = int(state["step"])
-        self._batches = self._make(self._step)
+
+    def close(self) -> None:
+        """End threads and processes that decode; the next batch would start them again."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
 
 def train_iterator(
@@ -169,6 +67,7 @@ def train_iterator(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
+    max_corrupt: int = MAX_CORRUPT,
     start_step: int = 0,
     split: str = "train",
 ) -> TrainIterator:
@@ -187,6 +86,8 @@ def train_iterator(
       process_index: which rows of each batch to give.
       process_count: how many processes share a batch.
       workers: processes that decode; 0 decodes in threads of this one.
+      max_corrupt: unreadable examples to put up with, each replaced by the next readable one;
+        one more raises ValueError.
       start_step: the first batch to give.
       split: TFDS split.
 
@@ -196,25 +97,22 @@ def train_iterator(
     import grain
 
     local = local_size(batch_size, process_count)
-    reader = _reader(info, split, data_dir, image_size, crop=True, seed=seed)
+    faults = Faults(info, split, max_corrupt)
+    reader = prepare(
+        Reader(info, split, data_dir, image_size, True, seed, max_corrupt=max_corrupt), faults
+    )
     order = grain.MapDataset.range(info.splits[split]).seed(seed).shuffle().repeat()
     first = process_index * local
 
-    def rows(batch: int) -> Batch:
+    def places(batch: int) -> tuple[np.ndarray, np.ndarray]:
         positions = batch * batch_size + first + np.arange(local)
-        return reader.batch(positions, np.array([order[int(p)] for p in positions]))
+        return positions, np.array([order[int(p)] for p in positions])
 
-    def make(step: int) -> Iterator[Batch]:
-        # A range of batch numbers, long enough for any run, from the one to go on with.
-        numbers = grain.MapDataset.range(step, 1 << 40).map(rows)
-        threads = 0 if reader.memory is not None else 8
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * bool(threads))
-        batches = numbers.to_iter_dataset(options)
-        if workers and reader.memory is None:
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-        return iter(batches)
+    def make(step: int) -> Stream:
+        # As many numbers as any run can want.
+        return Stream(reader, places, local, step, 1 << 40, workers)
 
-    return TrainIterator(reader, make, start_step)
+    return TrainIterator(make, faults, 0 if reader.memory is not None else 1, start_step)
 
 
 def eval_batches(
@@ -226,24 +124,33 @@ def eval_batches(
     image_size: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+    workers: int = 0,
+    max_corrupt: int = MAX_CORRUPT,
+) -> Generator[Batch, None, None]:
     """Every example of a split exactly once, in order, in batches of one size.
 
     The last batch is filled up with examples of mask 0; every process gives the same number of
-    batches.
+    batches. Arguments as `train_iterator` has them.
 
     Returns:
       An iterator of {"image", "label", "mask": float32 `[local_batch]`}.
     """
     local = local_size(batch_size, process_count)
-    reader = _reader(info, split, data_dir, image_size, crop=False, seed=0)
+    faults = Faults(info, split, max_corrupt)
+    reader = prepare(Reader(info, split, data_dir, image_size, max_corrupt=max_corrupt), faults)
     count = info.splits[split]
-    seen: collections.Counter = collections.Counter()
-    for start in range(0, count, batch_size):
-        positions = start + process_index * local + np.arange(local)
-        batch = reader.batch(positions, np.minimum(positions, count - 1))
-        _report(batch.pop("corrupt"), seen, info, split)
-        yield {**batch, "mask": (positions < count).astype(np.float32)}
+
+    def places(batch: int) -> tuple[np.ndarray, np.ndarray]:
+        positions = batch * batch_size + process_index * local + np.arange(local)
+        return positions, np.minimum(positions, count - 1)
+
+    batches = Stream(reader, places, local, 0, -(-count // batch_size), workers)
+    try:
+        for number, batch in enumerate(batches):
+            mask = (places(number)[0] < count).astype(np.float32)
+            yield {**faults.take_from(batch), "mask": mask}
+    finally:
+        batches.close()
 
 
 def local_size(batch_size: int, process_count: int) -> int:
@@ -261,43 +168,39 @@ def local_size(batch_size: int, process_count: int) -> int:
 def prefetch(
     batches: Iterator[Batch], put: Callable[[Batch], Any], size: int = 2
 ) -> Generator[Any, None, None]:
-    """Hand batches to the device in a thread, at most `size` ahead of the consumer.
+    """Hand batches to the device in a thread, never more than `size` ahead of the consumer.
 
-    An error of the source is raised to the consumer at its place. Closing the generator stops the
-    thread.
+    Those that the source makes ready itself (its `ahead`) count. An error of the source is raised
+    to the consumer at its place. Closing the generator stops the thread and closes the source.
     """
-    # One batch waits in the thread's hand beside those in the queue.
-    ahead: queue.Queue = queue.Queue(maxsize=max(1, size - 1))
+    room = threading.Semaphore(max(1, size - getattr(batches, "ahead", 0)))
+    ready: queue.SimpleQueue = queue.SimpleQueue()
     stop = threading.Event()
-
-    def offer(item: Any) -> bool:
-        while not stop.is_set():
-            try:
-                ahead.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
 
     def fill() -> None:
         try:
-            for batch in batches:
-                if not offer((put(batch), None)):
+            while True:
+                room.acquire()
+                if stop.is_set():
                     return
-            offer((None, StopIteration()))
-        except BaseException as error:
-            offer((None, error))
+                ready.put((put(next(batches)), None))
+        except BaseException as error:  # StopIteration among them
+            ready.put((None, error))
 
     thread = threading.Thread(target=fill, daemon=True, name="flaxres-prefetch")
     thread.start()
     try:
         while True:
-            item, error = ahead.get()
+            item, error = ready.get()
             if isinstance(error, StopIteration):
                 return
             if error is not None:
                 raise error
+            room.release()
             yield item
     finally:
         stop.set()
+        room.release()
         thread.join()
+        if close := getattr(batches, "close", None):
+            close()

@@ -17,6 +17,7 @@ MAY_DIFFER = frozenset(
         "remat",
         "fsdp",
         "workers",
+        "max_corrupt",
         "log_every",
         "eval_every",
         "eval_batch_size",
@@ -127,6 +128,8 @@ class TrainConfig:
     """Number of this process, from 0."""
     workers: int = 0
     """Processes that decode images; 0 decodes in threads."""
+    max_corrupt: int = 100
+    """Unreadable examples to put up with, each named and replaced by the next readable one."""
 
     log_every: int = 10
     """Steps between lines of the log."""
@@ -165,6 +168,7 @@ class TrainConfig:
             "mixup",
             "cutmix",
             "workers",
+            "max_corrupt",
             "warmup_steps",
             "warmup_epochs",
         ):

@@ -50,6 +50,8 @@ def run_evaluation(
             image_size=config.image_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            workers=config.workers,
+            max_corrupt=config.max_corrupt,
         ),
         driver.shard,
     )

@@ -116,7 +116,7 @@ class _Run:
         self.tracer = Tracer(steps if self.main else None, work.trace)
         self.writer: MetricsWriter | NoWriter = NoWriter()
         self.first_step: float | None = None
-        self.start = 0
+        self.start = self.corrupt = 0
         self._checkpoints: Checkpoints | None = None
         self._best: float | None = None
         self._saved: int | None = None
@@ -203,14 +203,16 @@ class _Run:
 
     @contextlib.contextmanager
     def _batches(self, start: int) -> Iterator[Iterator[Any]]:
-        batches = pipeline.prefetch(self._source(start), self.driver.shard)
+        source = self._source(start)
+        batches = pipeline.prefetch(source, self.driver.shard)
         try:
             first = next(batches)  # starts the thread, while the step is compiled in another
             yield itertools.chain([first], batches)
         finally:
             batches.close()
+            self.corrupt = len(source.corrupt)
 
-    def _source(self, start: int) -> Any:
+    def _source(self, start: int) -> pipeline.TrainIterator:
         return pipeline.train_iterator(
             self.info,
             batch_size=self.config.batch_size,
@@ -220,6 +222,7 @@ class _Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             workers=self.config.workers,
+            max_corrupt=self.config.max_corrupt,
             start_step=start,
         )
 
@@ -300,7 +303,8 @@ class _Run:
 
     def _nonfinite(self, step: int, metrics: dict[str, float]) -> NonFiniteError:
         """Keep the batch, which the seed and the step give again, and say where it is."""
-        file = keep_batch(self.work, step, next(self._source(step - 1)), metrics)
+        with contextlib.closing(self._source(step - 1)) as source:
+            file = keep_batch(self.work, step, next(source), metrics)
         kept = f"the last good checkpoint is of step {self._saved}"
         if self._saved is None:
             kept = "there is no checkpoint yet"
@@ -387,6 +391,7 @@ class _Run:
             resumed_from=restored.step if restored else None,
             stopped_by=stopped,
             skipped=int(host.skipped),
+            corrupt=sum(distributed.gather(self.corrupt)),
             shares=self.stopwatch.shares(),
         )
         run_log.info(

@@ -45,9 +45,10 @@ _IMAGENET = TrainConfig(
 
 PRESETS: dict[str, Preset] = {
     "digits": Preset(
-        TrainConfig(steps=400, warmup_steps=40, lr=0.2, label_smoothing=0.1),
-        "resnet20 on scikit-learn's 1,437 digits, tested on the other 360: at least 97 % in about "
-        "half a minute on two CPU cores.",
+        TrainConfig(image_size=12, steps=400, warmup_steps=40, lr=0.2, label_smoothing=0.1),
+        "resnet20 on scikit-learn's 1,437 digits, drawn at 12×12 so that crops shift them by parts "
+        "of a pixel, tested on the other 360: 98.1 to 98.9 % for seeds 0 to 4, in about half a "
+        "minute on two CPU cores.",
     ),
     "fashion_mnist": Preset(
         TrainConfig(

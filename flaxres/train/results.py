@@ -29,6 +29,9 @@ class Result:
     """SIGTERM or SIGINT, where one ended the run early."""
     skipped: int = 0
     """Updates left out because they were not finite."""
+    corrupt: int = 0
+    """Training examples that could not be read and had others in their place, since the start of
+    the process."""
     shares: dict[str, float] = dataclasses.field(default_factory=dict)
     """Shares of the time after the first step: step, data, eval and save."""
 

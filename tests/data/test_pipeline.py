@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from flaxres.data import pipeline, sources
+from flaxres.data import decoding, pipeline, sources
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_prefetch_keeps_order_and_stays_two_ahead():
     seen = []
     for number in ahead:
         seen.append(number)
-        assert len(taken) <= number + 1 + 3  # given, two ahead, and the one that is being read
+        assert len(taken) <= number + 1 + 2  # given, and two ahead
     assert seen == list(range(10))
 
 
@@ -146,7 +146,7 @@ def test_training_on_digits_never_imports_tensorflow(tmp_path):
     (trap / "__init__.py").write_text("raise RuntimeError('tensorflow was imported')")
     code = """
 import sys
-from flaxres.data import pipeline, sources
+from flaxres.data import decoding, pipeline, sources
 info = sources.describe("digits", sys.argv[1])
 next(pipeline.train_iterator(info, batch_size=8, seed=0, data_dir=sys.argv[1]))
 assert "tensorflow" not in sys.modules
@@ -214,11 +214,10 @@ def test_unreadable_examples_are_replaced_by_the_next_and_named(info, monkeypatc
                 raise OSError("torn record")
             return source[index]
 
-    monkeypatch.setattr(pipeline, "_source", lambda *args: Torn())
+    monkeypatch.setattr(decoding, "_source", lambda *args: Torn())
     batch = next(pipeline.eval_batches(info, "test", batch_size=8))
     np.testing.assert_array_equal(batch["image"][3], source[5]["image"])
     np.testing.assert_array_equal(batch["image"][4], source[5]["image"])
     assert "example 3 of digits (test) cannot be read" in caplog.text
-    monkeypatch.setattr(pipeline, "_CORRUPT_LIMIT", 1)
     with pytest.raises(ValueError, match="more than 1 examples of 'digits'"):
-        next(pipeline.eval_batches(info, "test", batch_size=8))
+        next(pipeline.eval_batches(info, "test", batch_size=8, max_corrupt=1))

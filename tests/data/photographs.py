@@ -1,0 +1,97 @@
+"""A TFDS data set as imagenet2012 is: JPEGs of many sizes, 1,000 classes, train and validation.
+
+The pictures are drawn: a class is a hue and a direction of stripes.
+
+    python tests/data/photographs.py FOLDER [--torn]
+"""
+
+import colorsys
+import io
+import subprocess
+import sys
+from typing import ClassVar
+
+import numpy as np
+import PIL.Image
+import tensorflow_datasets as tfds
+
+SPLITS = {"train": 40, "validation": 12}
+CLASSES = 4
+# Training images that cannot be decoded.
+TORN = {5: b"no JPEG", 6: b"", 9: b"\xff\xd8\xff\xe0 only its first bytes"}
+
+
+def picture(seed: int, label: int) -> PIL.Image.Image:
+    """Stripes in the hue of the class, of a size that differs from seed to seed."""
+    rng = np.random.default_rng((seed, label))
+    height, width = rng.integers(40, 160, 2)
+    rows, columns = np.mgrid[:height, :width]
+    angle = np.pi * label / CLASSES
+    wave = np.sin((rows * np.sin(angle) + columns * np.cos(angle)) / 3 + rng.uniform(0, 6))
+    hue = np.array(colorsys.hsv_to_rgb(label / CLASSES, 0.8, 1.0))
+    pixels = (140 + 80 * wave[..., None]) * hue + rng.normal(0, 5, (height, width, 3))
+    return PIL.Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def jpeg(seed: int, label: int) -> bytes:
+    """The picture as a JPEG file; every tenth is grey, every tenth CMYK, as in the original."""
+    image = picture(seed, label)
+    mode = {3: "L", 7: "CMYK"}.get(seed % 10, "RGB")
+    file = io.BytesIO()
+    image.convert(mode).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+class Imagenet2012(tfds.core.GeneratorBasedBuilder):
+    """Features, splits, name and version of TFDS's own builder, which then reads these files."""
+
+    VERSION = tfds.core.Version("5.1.0")
+    torn: ClassVar[dict[int, bytes]] = {}
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(encoding_format="jpeg"),
+                "label": tfds.features.ClassLabel(num_classes=1000),
+                "file_name": tfds.features.Text(),
+            }
+        )
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=features,
+            supervised_keys=("image", "label"),
+            description="Stripes.",
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split):
+        first = 0 if split == "train" else 1000
+        for number in range(SPLITS[split]):
+            label = number % CLASSES
+            file = self.torn[number] if split == "train" and number in self.torn else None
+            yield (
+                number,
+                {
+                    "image": jpeg(first + number, label) if file is None else file,
+                    "label": label,
+                    "file_name": f"{split}_{number}.JPEG",
+                },
+            )
+
+
+def write(folder: str, *options: str) -> str:
+    """Prepare it in a process of its own, where TFDS's builder of the name is not known yet."""
+    subprocess.run([sys.executable, __file__, folder, *options], check=True, capture_output=True)
+    return folder
+
+
+if __name__ == "__main__":
+    tfds.disable_progress_bar()
+    builder = Imagenet2012(data_dir=sys.argv[1], file_format="array_record")
+    if "--torn" in sys.argv:
+        builder.torn = TORN
+    builder.download_and_prepare()
+    assert "tensorflow" not in sys.modules

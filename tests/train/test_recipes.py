@@ -1,0 +1,29 @@
+"""Recipes reach what they promise, and learn from pictures as ImageNet has them."""
+
+import dataclasses
+
+import pytest
+
+from flaxres.cli.train import default_config
+from flaxres.train import presets
+from flaxres.train.fitting import fit
+
+
+def test_a_data_set_without_a_recipe_is_taken_at_its_own_size():
+    assert default_config(["--data", "digits"]) == presets.get("digits")
+    other = default_config(["--data", "mnist"])
+    assert (other.image_size, other.steps, other.epochs) == (None, None, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_digits_reach_what_the_recipe_says_with_any_seed(seed):
+    config = dataclasses.replace(presets.get("digits"), seed=seed, devices=1, eval_batch_size=360)
+    assert fit(config).accuracy >= 0.978
+
+
+@pytest.mark.slow
+def test_two_epochs_of_fashion_mnist_exceed_88_percent(tfds_dir):
+    recipe = presets.get("fashion_mnist")
+    config = dataclasses.replace(recipe, data_dir=str(tfds_dir), epochs=2, devices=1)
+    assert fit(config).accuracy > 0.88
