@@ -9,7 +9,6 @@ import colorsys
 import io
 import subprocess
 import sys
-from typing import ClassVar
 
 import numpy as np
 import PIL.Image
@@ -42,44 +41,48 @@ def jpeg(seed: int, label: int) -> bytes:
     return file.getvalue()
 
 
-class Imagenet2012(tfds.core.GeneratorBasedBuilder):
-    """Features, splits, name and version of TFDS's own builder, which then reads these files."""
+def builder(folder: str, torn: dict[int, bytes]) -> tfds.core.DatasetBuilder:
+    """Writes them to the folder. To be called once: TFDS allows a name only once a process."""
 
-    VERSION = tfds.core.Version("5.1.0")
-    torn: ClassVar[dict[int, bytes]] = {}
+    class Imagenet2012(tfds.core.GeneratorBasedBuilder):
+        """Features, splits, name and version of TFDS's own builder, which reads these files."""
 
-    def _info(self):
-        features = tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Image(encoding_format="jpeg"),
-                "label": tfds.features.ClassLabel(num_classes=1000),
-                "file_name": tfds.features.Text(),
-            }
-        )
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=features,
-            supervised_keys=("image", "label"),
-            description="Stripes.",
-            disable_shuffling=True,
-        )
+        VERSION = tfds.core.Version("5.1.0")
 
-    def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(split) for split in SPLITS}
-
-    def _generate_examples(self, split):
-        first = 0 if split == "train" else 1000
-        for number in range(SPLITS[split]):
-            label = number % CLASSES
-            file = self.torn[number] if split == "train" and number in self.torn else None
-            yield (
-                number,
+        def _info(self):
+            features = tfds.features.FeaturesDict(
                 {
-                    "image": jpeg(first + number, label) if file is None else file,
-                    "label": label,
-                    "file_name": f"{split}_{number}.JPEG",
-                },
+                    "image": tfds.features.Image(encoding_format="jpeg"),
+                    "label": tfds.features.ClassLabel(num_classes=1000),
+                    "file_name": tfds.features.Text(),
+                }
             )
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=features,
+                supervised_keys=("image", "label"),
+                description="Stripes.",
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(split) for split in SPLITS}
+
+        def _generate_examples(self, split):
+            first = 0 if split == "train" else 1000
+            for number in range(SPLITS[split]):
+                label = number % CLASSES
+                file = torn.get(number) if split == "train" else None
+                yield (
+                    number,
+                    {
+                        "image": jpeg(first + number, label) if file is None else file,
+                        "label": label,
+                        "file_name": f"{split}_{number}.JPEG",
+                    },
+                )
+
+    return Imagenet2012(data_dir=folder, file_format="array_record")
 
 
 def write(folder: str, *options: str) -> str:
@@ -90,8 +93,5 @@ def write(folder: str, *options: str) -> str:
 
 if __name__ == "__main__":
     tfds.disable_progress_bar()
-    builder = Imagenet2012(data_dir=sys.argv[1], file_format="array_record")
-    if "--torn" in sys.argv:
-        builder.torn = TORN
-    builder.download_and_prepare()
+    builder(sys.argv[1], TORN if "--torn" in sys.argv else {}).download_and_prepare()
     assert "tensorflow" not in sys.modules
