@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+from flaxres.nets.initialize import residual_inits, resolve
 from flaxres.train.workdir import write_json
 
 FIGURES = pathlib.Path(__file__).parent / "figures"
@@ -38,3 +39,29 @@ def save(out: pathlib.Path, name: str, numbers: dict[str, Any]) -> None:
     """Write the numbers as NAME.json and print them."""
     write_json(out / f"{name}.json", numbers)
     print(json.dumps(numbers, indent=2))
+
+
+def starts(
+    styles: tuple[str, ...] = ("v1", "v2"),
+    norms: tuple[str, ...] = ("batch", "none"),
+    residual: bool = True,
+) -> list[dict[str, Any]]:
+    """Fields of a model for every residual_init in every style and norm that it fits."""
+    found = []
+    for style in styles:
+        for norm in norms:
+            for name in residual_inits():
+                init = resolve(name)
+                try:
+                    init.check(style=style, norm=norm, residual=residual)
+                except ValueError:
+                    continue  # dead or meaningless there
+                found.append(
+                    {
+                        "style": style,
+                        "norm": norm,
+                        "residual": residual,
+                        "residual_init": init.name,
+                    }
+                )
+    return found
