@@ -135,7 +135,7 @@ BAD = {
     "rate nan": (["train", "--lr", "nan"], "lr must be more than 0, not nan"),
     "image size": (
         ["train", "--model", "resnet18"],
-        "an image of 8×8 is too small for strides of 32 in all; use at least 32×32",
+        "an image of 12×12 is too small for strides of 32 in all; use at least 32×32",
     ),
     "devices": (["train", "--devices", "99"], "devices=99 asks for more than there are (8 cpu)"),
     "preset": (["train", "--preset", "digts"], "unknown preset 'digts'; did you mean digits"),
