@@ -3,8 +3,11 @@
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
+
+import numpy as np
 
 from flaxres.nets.initialize import residual_inits, resolve
 from flaxres.train.workdir import write_json
@@ -36,9 +39,10 @@ def options(about: str, argv: list[str] | None = None, seeds: int = 1) -> Option
 
 
 def save(out: pathlib.Path, name: str, numbers: dict[str, Any]) -> None:
-    """Write the numbers as NAME.json and print them."""
-    write_json(out / f"{name}.json", numbers)
-    print(json.dumps(numbers, indent=2))
+    """Write the numbers as NAME.json and print them; NaN, which JSON lacks, becomes null."""
+    plain = _plain(numbers)
+    write_json(out / f"{name}.json", plain)
+    print(json.dumps(plain, indent=2))
 
 
 def starts(
@@ -65,3 +69,13 @@ def starts(
                     }
                 )
     return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value

@@ -5,10 +5,10 @@ Question  Chen 2015 (Net2Net, arXiv 1511.05641) and Gong 2019 grow trained nets;
           grown net compare with one that was deep from the start?
 Command   python -m experiments.deepen [--quick] [--seeds 3]
 Time      about two minutes on two CPU cores; --quick half a minute.
-Came out  8 layers deepened to 26: logits the same bit for bit (2e-6 between two compiled programs) and
-          no step in the loss, where the same blocks at random start throw the net back to chance
-          (loss 0.18 to 3.2). Growing beats being deep from the start (94.9 against 93.2 % on the
-          digits), but is hardly better than staying shallow (94.5 %): these digits ask for no depth.
+Came out  8 layers deepened to 26: logits the same bit for bit (2e-6 between two compiled programs)
+          and no step in the loss, where the same blocks at their random start throw the net back to
+          chance (loss 0.18 to 3.2). Growing beats being deep from the start (94.9 against 93.2 % on
+          the digits), but hardly staying shallow (94.5 %): these digits ask for no depth.
 """
 
 import pathlib

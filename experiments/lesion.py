@@ -46,6 +46,12 @@ def taken_out(context: Context, net: Net) -> dict[Any, list[float]]:
     return {row.address: [context.accuracy(*branches.drop(*net, row.address))] for row in rows}
 
 
+def without(net: Net, addresses: set[str]) -> Net:
+    """The net without these blocks."""
+    model, variables = branches.drop(*net, lambda row: row.address in addresses)
+    return model, variables
+
+
 def several_out(context: Context, net: Net, draws: int = 12) -> dict[Any, list[float]]:
     """With k blocks taken out, by k, for up to `draws` choices of them."""
     rows = branches.select(net[0], lambda row: row.keeps_shape)
@@ -53,14 +59,12 @@ def several_out(context: Context, net: Net, draws: int = 12) -> dict[Any, list[f
     found: dict[Any, list[float]] = {0: [context.accuracy(*net)]}
     for count in range(1, len(rows)):
         choices = [
-            {row.address for row in chosen}
-            for chosen in itertools.combinations(rows, count)
-            if sum(row.stage == 1 for row in chosen) < net[0].stage_sizes[0]
+            {row.address for row in some}
+            for some in itertools.combinations(rows, count)
+            if sum(row.stage == 1 for row in some) < net[0].stage_sizes[0]
         ]
-        found[count] = [
-            context.accuracy(*branches.drop(*net, lambda row, i=i: row.address in choices[i]))
-            for i in rng.permutation(len(choices))[:draws]
-        ]
+        chosen = [choices[i] for i in rng.permutation(len(choices))[:draws]]
+        found[count] = [context.accuracy(*without(net, gone)) for gone in chosen]
     return found
 
 

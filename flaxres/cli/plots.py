@@ -1,7 +1,7 @@
 """Pictures: one look for all of them, colour-blind safe, readable in print."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,50 @@ def figure(path: pathlib.Path, columns: int = 1, rows: int = 1, **keywords: Any)
                 fig.savefig(scratch)
         finally:
             plt.close(fig)
+
+
+def heat(
+    axes: Any,
+    values: np.ndarray,
+    limits: tuple[float, float],
+    log: bool = False,
+    text: Callable[[float], str] | None = None,
+    size: float = 8.0,
+) -> None:
+    """A table `[rows, columns]` as colours with the numbers in them; exact 0 white, NaN grey."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    shown = np.ma.masked_where(~np.isfinite(values) | (log & (values == 0)), values)
+    norm: Any = (LogNorm if log else Normalize)(*limits, clip=True)
+    axes.grid(False)
+    axes.set_facecolor("white")
+    axes.imshow(shown, cmap="cividis", norm=norm, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            axes.add_patch(_cell(column, row))
+            continue
+        dark = (value != 0 or not log) and norm(value) < 0.5
+        colour = "white" if dark else "black"
+        said = (text or short)(value)
+        axes.text(column, row, said, ha="center", va="center", color=colour, size=size)
+    axes.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(values.shape[0] + 1) - 0.5, minor=True)
+    axes.grid(True, which="minor", color="white", linewidth=1.5, alpha=1)
+    axes.tick_params(which="both", length=0)
+
+
+def short(value: float) -> str:
+    """A number in few characters: 0.52, 12, 3e-4."""
+    if value == 0 or abs(value) >= 0.01:
+        return f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _cell(column: int, row: int) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="lightgrey", edgecolor="none")
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """What a run shows while it goes: a bar on a terminal, plain lines in a pipe."""
 
+import contextlib
+import os
 import sys
 import time
 from typing import Any
@@ -65,6 +67,13 @@ class Lines(Listener):
             f"step {step}/{self._total}  test accuracy {metrics['accuracy']:.2%}  test loss "
             f"{metrics['loss']:.4f}"
         )
+
+    def on_stopping(self, signal: str) -> None:
+        """Say that the signal has been heard; a print could be in the middle of another."""
+        again = "; Ctrl-C again stops at once" if signal == "SIGINT" else ""
+        if not _silent():
+            with contextlib.suppress(OSError):  # nobody is there to read it
+                os.write(2, f"\n{signal}: finishing this step and saving{again}\n".encode())
 
     def on_done(self, result: Any) -> None:
         """Shares of the time."""
