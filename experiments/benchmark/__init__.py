@@ -1,0 +1,1 @@
+"""What a network costs, beside what one would take instead: `python -m experiments.benchmark`."""
