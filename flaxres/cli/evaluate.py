@@ -14,8 +14,8 @@ class Evaluate:
 
     workdir: str
     """Work directory of the run."""
-    checkpoint: int | None = None
-    """Step of the checkpoint; default the newest."""
+    checkpoint: str | None = None
+    """Step of the checkpoint, or best (of the highest accuracy); default the newest."""
     json: bool = False
     """End with one JSON object on standard output."""
 
@@ -25,7 +25,7 @@ def run(argv: list[str]) -> int:
     command = options.parse(Evaluate, argv, "eval")
     from flaxres.train import loop
 
-    result = loop.evaluate(command.workdir, command.checkpoint)
+    result = loop.evaluate(command.workdir, options.checkpoint(command.checkpoint))
     options.say(
         f"step {result.step}: test accuracy {result.accuracy:.2%}, loss {result.loss:.4f} over "
         f"{result.examples} examples",

@@ -26,6 +26,10 @@ class Info:
     """End with one JSON object on standard output."""
 
 
+_PLACES = {"stem": 0, "head": 2}
+"""Of parts in the order of the data's way; stages are between."""
+
+
 def run(argv: list[str]) -> int:
     """The command."""
     command = options.parse(Info, argv, "info")
@@ -61,7 +65,8 @@ def _one(command: Info, name: str) -> int:
         f"{'MMACs':>10}",
         command.json,
     )
-    for part in summary.parts:
+    parts = tuple(sorted(summary.parts, key=lambda part: _PLACES.get(part.name, 1)))
+    for part in parts:
         shape = "×".join(map(str, part.output))
         options.say(
             f"{part.name:8}{part.blocks or '':>8}{shape:>16}{part.params:>14,}"
@@ -74,7 +79,7 @@ def _one(command: Info, name: str) -> int:
         command.json,
     )
     if command.json:
-        about = dataclasses.asdict(summary)
+        about = dataclasses.asdict(dataclasses.replace(summary, parts=parts))
         options.print_json(
             {"model": name, "image_size": size, **about, "gmacs": summary.macs / 1e9}
         )

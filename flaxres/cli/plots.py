@@ -108,8 +108,15 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def training_curves(source: pathlib.Path, path: pathlib.Path, title: str = "") -> None:
-    """Loss, error and learning rate of a run, from its metrics.jsonl."""
+def training_curves(
+    source: pathlib.Path, path: pathlib.Path, title: str = "", training: str = "training"
+) -> None:
+    """Loss, error and learning rate of a run, from its metrics.jsonl.
+
+    training: what the loss of training is to be called, where it is not the held-out loss.
+    """
+    if not source.exists():
+        return
     steps = {split: metrics.read(source, split) for split in ("train", "eval")}
     if not steps["train"]:
         return
@@ -123,12 +130,12 @@ def training_curves(source: pathlib.Path, path: pathlib.Path, title: str = "") -
     }
     window = max(1, len(train["step"]) // 30)
     with figure(path, columns=3) as (left, middle, right):
-        for axes, key, scale, name in (
-            (left, "loss", 1.0, "cross-entropy"),
-            (middle, "accuracy", 100.0, "error, %"),
+        for axes, key, scale, name, of_training in (
+            (left, "loss", 1.0, "loss", training),
+            (middle, "accuracy", 100.0, "error, %", "training"),
         ):
             for data, label, colour, marker in (
-                (train, "training", BLUE, ""),
+                (train, of_training, BLUE, ""),
                 (held, "held out", RED, "o"),
             ):
                 values = data[key] * scale if key == "loss" else 100 - data[key] * scale
@@ -143,21 +150,31 @@ def training_curves(source: pathlib.Path, path: pathlib.Path, title: str = "") -
             axes.set(xlabel="step", title=name)
             axes.legend()
         left.set_yscale("log")
-        middle.set_ylim(0, None)
+        _plain_numbers(left)
+        # From 1 % on in powers of ten, or the end of a good run would lie on the axis.
+        middle.set_yscale("symlog", linthresh=1)
+        middle.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
+        middle.set_ylim(0, 110)
         if len(held["step"]):
             error = 100 - 100 * held["accuracy"][-1]
-            middle.annotate(
-                f"{error:.1f} %",
-                (held["step"][-1], error),
-                textcoords="offset points",
-                xytext=(-4, 10),
-                ha="right",
-                color=RED,
-            )
+            left.annotate(short(held["loss"][-1]), (held["step"][-1], held["loss"][-1]), **_END)
+            middle.annotate(f"{error:.1f} %", (held["step"][-1], error), **_END)
         right.plot(train["step"], train["lr"], color=BLACK)
         right.set(xlabel="step", title="learning rate")
         right.set_ylim(0, None)
         left.figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+
+
+_END: Any = {"textcoords": "offset points", "xytext": (0, 8), "ha": "right", "color": RED}
+
+
+def _plain_numbers(axes: Any) -> None:
+    """0.5 rather than 5 · 10^-1 on a logarithmic axis, and not too many of them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _number(line: dict[str, Any], key: str) -> float:

@@ -18,8 +18,8 @@ class Predict:
     """Image files, of any size: they are resized to what the network was trained on."""
     workdir: str
     """Work directory of the run."""
-    checkpoint: int | None = None
-    """Step of the checkpoint; default the newest."""
+    checkpoint: str | None = None
+    """Step of the checkpoint, or best (of the highest accuracy); default the newest."""
     top: int = 3
     """Classes to name for each image."""
     json: bool = False
@@ -40,7 +40,9 @@ def run(argv: list[str]) -> int:
     from flaxres.data import augment, images
     from flaxres.train import loop
 
-    model, variables, config, info = loop.load(command.workdir, command.checkpoint)
+    model, variables, config, info = loop.load(
+        command.workdir, options.checkpoint(command.checkpoint)
+    )
     pixels = [images.read(path, info, config.image_size) for path in command.images]
     batch = augment.normalize(jnp.asarray(np.stack(pixels)), info.mean, info.std)
     shares = jax.nn.softmax(jax.jit(model.apply)(variables, batch), axis=-1)

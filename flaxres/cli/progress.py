@@ -9,7 +9,7 @@ from typing import Any
 from flaxres.train.loop import Listener
 
 
-def listener(json_output: bool) -> Listener:
+def listener(json_output: bool) -> "Lines":
     """A bar where a person watches, lines elsewhere, nothing on processes other than the first."""
     stream = sys.stderr if json_output else sys.stdout
     return Bar(json_output) if stream.isatty() else Lines(stream)
@@ -75,6 +75,9 @@ class Lines(Listener):
             with contextlib.suppress(OSError):  # nobody is there to read it
                 os.write(2, f"\n{signal}: finishing this step and saving{again}\n".encode())
 
+    def close(self) -> None:
+        """To be called however the run ends."""
+
     def on_done(self, result: Any) -> None:
         """Shares of the time."""
         shares = ", ".join(f"{name} {share:.0%}" for name, share in result.shares.items())
@@ -125,13 +128,15 @@ class Bar(Lines):
     def on_step(self, step: int, metrics: dict[str, float], images_per_second: float) -> None:
         """Shown in the bar."""
         if self._task is not None:
-            description = (
-                f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.1%}  "
-                f"{images_per_second:.0f} images/s"
-            )
+            rate = f"  {images_per_second:.0f} images/s" if images_per_second else ""
+            description = f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.1%}{rate}"
             self._progress.update(self._task, completed=step, description=description)
+
+    def close(self) -> None:
+        """Take the bar off and show the cursor, which it hides."""
+        self._progress.stop()
 
     def on_done(self, result: Any) -> None:
         """Close the bar."""
-        self._progress.stop()
+        self.close()
         super().on_done(result)

@@ -47,11 +47,32 @@ def picture(path: Any, alt: str) -> str:
 def write_run(work: Workdir, result: dict[str, Any]) -> None:
     """Write the report of a run."""
     config = work.config()
-    parts = ["<h2>Result</h2>", table(result)]
+    parts = ["<h2>Result</h2>", table(_readable(result))]
     if work.curves.is_file():
         parts += ["<h2>Curves</h2>", picture(work.curves, "loss, error and learning rate by step")]
     parts += ["<h2>Configuration</h2>", table(config.to_json())]
+    parts += ["<h2>Made by</h2>", table(work.origin())]
     write_text(work.report, page(f"{config.model} on {config.data}", "\n".join(parts)))
+
+
+def _readable(result: dict[str, Any]) -> dict[str, str]:
+    """The numbers of a result as a person says them; what did not happen is left out."""
+    seconds, shares = result["time_to_first_step"], result["shares"]
+    rows = {
+        "test accuracy": f"{result['accuracy']:.2%}" if result["examples"] else None,
+        "test loss": f"{result['loss']:.4f}" if result["examples"] else None,
+        "test examples": f"{result['examples']:,}" if result["examples"] else None,
+        "steps": f"{result['step']:,}",
+        "images a second": f"{result['images_per_second']:,.0f}" if seconds else None,
+        "first step after": f"{seconds:.1f} s" if seconds else None,
+        "time": ", ".join(f"{name} {share:.0%}" for name, share in shares.items()),
+        "went on from step": result["resumed_from"],
+        "stopped by": result["stopped_by"],
+        "updates left out": result["skipped"] or None,
+        "unreadable examples": result["corrupt"] or None,
+        "sha256 of the parameters": result["params_sha256"],
+    }
+    return {name: str(text) for name, text in rows.items() if text is not None}
 
 
 def _text(value: Any) -> str:

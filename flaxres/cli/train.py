@@ -1,5 +1,6 @@
 """`flaxres train`: train a network, or go on with the run in the work directory."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -31,13 +32,13 @@ class Train:
 def run(argv: list[str]) -> int:
     """The command."""
     default = default_config(argv)
-    command = options.parse(Train, argv, "train", Train(default))
+    command = options.parse(Train, argv, "train", Train(default), presets.listing())
     config = command.config.validate()
     from flaxres.cli import progress
     from flaxres.train import loop
 
-    listener = progress.listener(command.json)
-    result = loop.train(config, listener=listener)
+    with contextlib.closing(progress.listener(command.json)) as listener:
+        result = loop.train(config, listener=listener)
     if not _is_main():
         return _EXIT_CODES[result.stopped_by]
     finish(result, command.json)
@@ -58,7 +59,7 @@ def default_config(argv: list[str]) -> TrainConfig:
     name = _flag(argv, "--preset")
     data = _flag(argv, "--data")
     if name is None:
-        name = data if data in presets.names() else "digits"
+        name = presets.for_data(data) or "digits"
     config = presets.get(name)
     if data is not None and _flag(argv, "--preset") is None and data != config.data:
         # A data set without a recipe: the digits' recipe for ten epochs.
@@ -87,7 +88,7 @@ def finish(result: Any, json_output: bool) -> None:
     from flaxres.train.workdir import Workdir
 
     work = Workdir(result.workdir)
-    plots.training_curves(work.metrics_file, work.curves, title=_title(work))
+    plots.training_curves(work.metrics_file, work.curves, _title(work), _training_loss(work))
     report.write_run(work, dataclasses.asdict(result))
     if result.stopped_by:
         options.say(
@@ -107,7 +108,8 @@ def finish(result: Any, json_output: bool) -> None:
         ("metrics", work.metrics_file),
         ("checkpoints", work.checkpoints),
     ):
-        options.say(f"  {name:12} {path}", json_output)
+        if path.exists():  # there are no curves before the first step
+            options.say(f"  {name:12} {path}", json_output)
     options.say(f"  again        flaxres eval --workdir {result.workdir}", json_output)
     if json_output:
         options.print_json(dataclasses.asdict(result))
@@ -116,3 +118,18 @@ def finish(result: Any, json_output: bool) -> None:
 def _title(work: Any) -> str:
     config = work.config()
     return f"{config.model} on {config.data}"
+
+
+def _training_loss(work: Any) -> str:
+    """What is not in the held-out loss, which is the plain cross-entropy."""
+    config = work.config()
+    parts = [
+        name
+        for name, there in (
+            ("binary", config.loss == "bce"),
+            ("smoothed labels", config.label_smoothing),
+            ("mixed images", config.mixup or config.cutmix),
+        )
+        if there
+    ]
+    return f"training ({', '.join(parts)})" if parts else "training"

@@ -125,6 +125,10 @@ def prepare(name: str, data_dir: str | None = None, manual_dir: str | None = Non
 
     if name in _EMBEDDED:
         return pathlib.Path(_embedded(data_dir).data_dir)
+    with contextlib.suppress(ValueError):
+        return pathlib.Path(_builder(name, data_dir).data_dir)  # it is there already
+    if name.partition("/")[0] not in tfds.list_builders(with_community_datasets=False):
+        raise ValueError(_unknown(name, data_dir))
     if importlib.util.find_spec("tensorflow") is None:
         raise ValueError(
             f"preparing {name!r} needs TensorFlow (reading it does not): "

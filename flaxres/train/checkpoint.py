@@ -40,6 +40,10 @@ class Restored:
     """State of the data iterator."""
 
 
+class MismatchError(ValueError):
+    """A checkpoint is whole, but of another network."""
+
+
 class Checkpoints:
     """The checkpoints of a work directory.
 
@@ -192,6 +196,8 @@ class Checkpoints:
                 restored = self._read(into, candidate)
                 self._set_aside(damaged)
                 return restored
+            except MismatchError:
+                raise
             except Exception as error:  # whatever the storage raises
                 _log.warning(
                     "checkpoint of step %d in %s is damaged (%s); going back to the one before it",
@@ -215,6 +221,8 @@ class Checkpoints:
             )
         try:
             return self._read(into, step)
+        except MismatchError:
+            raise
         except Exception as error:
             raise ValueError(
                 f"checkpoint of step {step} in {self._directory} cannot be read ({_brief(error)}); "
@@ -234,6 +242,12 @@ class Checkpoints:
         for name, checksum in run["checksums"].items():
             if _checksum(arrays[name]) != checksum:
                 raise ValueError(f"{name} is not what was saved")
+        # Orbax gives arrays of the size that was stored, whatever size was asked for.
+        if differing := _differing(arrays, expected):
+            raise MismatchError(
+                f"checkpoint of step {step} in {self._directory} is of another network or another "
+                f"number of classes ({'; '.join(differing[:3])})"
+            )
         return Restored(step, _unnamed(into, arrays), run["data"])
 
     def _set_aside(self, steps: list[int]) -> None:
@@ -278,6 +292,15 @@ def _unnamed(into: TrainState, arrays: dict[str, Any]) -> TrainState:
 def _name(path: tuple[Any, ...]) -> str:
     # With slashes, storage would make a folder of every scope.
     return path_name(path)[1:].replace("/", ".")
+
+
+def _differing(stored: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Sentences such as "params.head.bias: [10] there, [7] here"."""
+    return [
+        f"{name}: {list(stored[name].shape)} there, {list(array.shape)} here"
+        for name, array in expected.items()
+        if stored[name].shape != array.shape
+    ]
 
 
 def _checksum(array: np.ndarray) -> int:

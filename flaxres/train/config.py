@@ -161,7 +161,8 @@ class TrainConfig:
         )
         for field in optional:
             value = getattr(self, field)
-            _need(value is None or value > 0, field, value, "more than 0")
+            fits = value is None or (value > 0 and math.isfinite(value))
+            _need(fits, field, value, "more than 0")
         _need(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "more than 0")
         for field in (
             "weight_decay",
@@ -172,7 +173,8 @@ class TrainConfig:
             "warmup_steps",
             "warmup_epochs",
         ):
-            _need(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+            value = getattr(self, field)
+            _need(value >= 0 and math.isfinite(value), field, value, "0 or more")
         for field in ("label_smoothing", "momentum", "stochastic_depth"):
             value = getattr(self, field)
             _need(0 <= value < 1, field, value, "at least 0 and less than 1")

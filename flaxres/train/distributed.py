@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -93,15 +94,17 @@ def _arguments(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def _in_cluster() -> bool:
-    """Whether the environment names more than one process."""
-    environment = os.environ
-    if environment.get("JAX_COORDINATOR_ADDRESS"):
+    """Whether the environment, as JAX reads it (TPU, Slurm, Open MPI), has several processes."""
+    from jax._src import clusters  # what `jax.distributed.initialize()` asks; no public name
+
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
         return True
-    if environment.get("SLURM_JOB_ID") and environment.get("SLURM_PROCID"):
-        return int(environment.get("SLURM_NTASKS", "1")) > 1
-    if hosts := environment.get("TPU_WORKER_HOSTNAMES"):
-        return "," in hosts
-    return bool(environment.get("OMPI_MCA_orte_hnp_uri"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages for clusters that nobody asked for
+        for kind in clusters.ClusterEnv._cluster_types:
+            if not kind.opt_in_only_method and kind.is_env_present():
+                return kind.get_process_count() > 1
+    return False
 
 
 def _agree_on(config: TrainConfig) -> None:

@@ -65,7 +65,7 @@ def train(config: TrainConfig, *, listener: Listener | None = None) -> Result:
         watch = stack.enter_context(distributed.watched())
         request = stack.enter_context(stop_requests(listener.on_stopping))
         info = sources.describe(config.data, config.data_dir)
-        _check_splits(config, info)
+        _check(config, info)
         driver = make_driver(config)
         _, state = create_state(config, info)
         work = Workdir(config.workdir or "")
@@ -81,7 +81,8 @@ def train(config: TrainConfig, *, listener: Listener | None = None) -> Result:
         return run.go(state)
 
 
-def _check_splits(config: TrainConfig, info: DataInfo) -> None:
+def _check(config: TrainConfig, info: DataInfo) -> None:
+    """What a configuration asks of its data and its length."""
     if "train" not in info.splits:
         raise ValueError(
             f"data set {info.name!r} has no train split (found: {', '.join(info.splits)})"
@@ -89,6 +90,12 @@ def _check_splits(config: TrainConfig, info: DataInfo) -> None:
     _ = info.eval_split
     pipeline.local_size(config.batch_size, jax.process_count())
     pipeline.local_size(config.eval_batch_size or config.batch_size, jax.process_count())
+    total = config.total_steps(info.splits["train"])
+    if config.profile_steps and profile_range(config.profile_steps)[0] >= total:
+        raise ValueError(
+            f"profile_steps={config.profile_steps} begins behind the last of {total} steps, which "
+            f"count from 0 to {total - 1}"
+        )
 
 
 class _Run:

@@ -1,7 +1,8 @@
 """One pure training step, and the evaluation step, that every driver wraps.
 
 Random draws derive from (seed, step) and from an example's place in the global batch, never from
-the device it happens to lie on, so that all drivers compute the same.
+the device it happens to lie on, so that all drivers compute the same. The one exception is
+stochastic depth, whose draws under pmap derive from (seed, step, device).
 """
 
 from typing import Any

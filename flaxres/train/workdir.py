@@ -57,6 +57,17 @@ class Workdir:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{self.config_file} is no configuration: {error}") from None
 
+    def origin(self) -> dict[str, Any]:
+        """What the run was begun with: time, command, versions, commit."""
+        stored = json.loads(self.config_file.read_text())
+        command = " ".join(map(str, stored.get("command", [])))
+        return {
+            "command": command,
+            "started": stored.get("started"),
+            "commit": stored.get("git"),
+            **stored.get("versions", {}),
+        }
+
     def claim(self, config: TrainConfig) -> bool:
         """Write the configuration, or compare it with the one that is there.
 

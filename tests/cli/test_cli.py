@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import PIL.Image
 import pytest
 
 from flaxres.cli.main import COMMANDS, main
+from flaxres.train import presets
 from flaxres.train.config import TrainConfig
 
 TINY = [
@@ -91,6 +93,8 @@ def test_info_prints_published_numbers(capsys):
     code, out, _ = call(capsys, "info", "resnet50", "--json")
     found = json.loads(out.splitlines()[-1])
     assert code == 0 and found["params"] == 25_557_032 and round(found["gmacs"], 3) == 4.089
+    assert [part["name"] for part in found["parts"]][:2] == ["stem", "stage1"]
+    assert found["parts"][-1]["name"] == "head"
     _, out, _ = call(capsys, "info", "resnet*_cifar")
     assert "resnet1202_cifar" in out
 
@@ -150,6 +154,28 @@ BAD = {
     "info image": (["info", "resnet18", "--image-size", "16"], "16×16 is too small"),
     "augment": (["train", "--augment", "spin"], "unknown augmentation 'spin'"),
     "profile": (["train", "--profile-steps", "9"], "profile_steps must be FROM:TO"),
+    "profile late": (
+        ["train", "--steps", "20", "--profile-steps", "20:30"],
+        "profile_steps=20:30 begins behind the last of 20 steps",
+    ),
+    "decay": (["train", "--weight-decay", "inf"], "weight_decay must be 0 or more, not inf"),
+    "clip": (["train", "--clip-norm", "inf"], "clip_norm must be more than 0, not inf"),
+    "classes": (["info", "resnet50", "--num-classes", "-1"], "num_classes must be 0 or more"),
+    "driver": (
+        ["train", "--driver", "horovod"],
+        "invalid choice 'horovod' for argument '--driver'. Expected one of ('auto', 'device', "
+        "'pmap', 'mesh') (flaxres train --help shows what is accepted)",
+    ),
+    "flag": (["train", "--stpes", "3"], "unrecognized options: --stpes, 3; did you mean --steps?"),
+    "whole number": (["train", "--batch-size", "6.5"], "--batch-size takes INT, not '6.5'"),
+    "number": (["train", "--steps", "ten"], "--steps takes INT, not 'ten'"),
+    "no value": (["train", "--lr"], "missing value for argument '--lr'"),
+    "nothing": (["eval"], "missing from flaxres eval: --workdir"),
+    "checkpoint": (
+        ["eval", "--workdir", "nowhere", "--checkpoint", "last"],
+        "checkpoint must be a step or best, not 'last'",
+    ),
+    "prepare": (["data", "prepare", "cifar1O"], "unknown data set 'cifar1O'; did you mean cifar10"),
 }
 
 
@@ -157,6 +183,8 @@ BAD = {
 def test_bad_input_gets_one_sentence_exit_2_and_leaves_nothing(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, sentence = BAD[name]
+    if name == "prepare":
+        monkeypatch.setenv("TFDS_DATA_DIR", "nowhere")
     code, out, err = call(capsys, *arguments)
     assert code == 2
     assert sentence in err and err.startswith("flaxres: ") and err.count("\n") == 1
@@ -164,14 +192,13 @@ def test_bad_input_gets_one_sentence_exit_2_and_leaves_nothing(name, capsys, tmp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "arguments", [["train", "--driver", "horovod"], ["train", "--stpes", "3"], ["eval"]]
-)
-def test_flags_that_do_not_parse_exit_with_2(arguments, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, out, err = call(capsys, *arguments)
-    assert code == 2 and arguments[-1].removeprefix("--") in (out + err).replace("eval", "eval")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_flag_is_refused_in_one_line_whatever_the_terminal(encoding):
+    command = [sys.executable, "-m", "flaxres.cli.main", "train", "--driver", "horovod"]
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("flaxres: invalid choice 'horovod'")
 
 
 def test_work_directory_of_another_run_names_the_fields(run, capsys):
@@ -196,6 +223,63 @@ def test_bad_pictures_are_named(run, tmp_path, picture, capsys):
 def test_checkpoint_that_is_not_there_is_named(run, capsys):
     code, _, err = call(capsys, "eval", "--workdir", run, "--checkpoint", "5")
     assert code == 2 and "no checkpoint of step 5" in err and "there are: 6" in err
+
+
+def test_the_best_checkpoint_is_evaluated_by_that_name(run, capsys):
+    code, out, _ = call(capsys, "eval", "--workdir", run, "--checkpoint", "best", "--json")
+    assert code == 0 and json.loads(out.splitlines()[-1])["step"] == 6
+
+
+def test_what_is_prepared_is_not_prepared_again(tfds_dir, capsys):
+    code, out, _ = call(capsys, "data", "prepare", "fashion_mnist", "--data-dir", tfds_dir)
+    assert code == 0 and str(tfds_dir / "fashion_mnist") in out
+
+
+def test_help_of_train_has_every_recipe_with_its_source_and_time(capsys):
+    _, out, _ = call(capsys, "train", "--help")
+    for name in presets.PRESETS:
+        assert f"{name}: " in out
+    assert "arXiv 1512.03385" in out and "15 hours on four V100" in out
+
+
+def test_report_reads_like_a_report(run):
+    text = (run / "report.html").read_text()
+    for part in ("test accuracy", "test examples", "Configuration", "Made by", "jaxlib"):
+        assert part in text
+    assert "None" not in text.partition("Configuration")[0]
+
+
+def test_curves_say_what_the_loss_of_training_holds(run):
+    from flaxres.cli.train import _training_loss
+    from flaxres.train.workdir import Workdir
+
+    assert _training_loss(Workdir(run)) == "training (smoothed labels)"
+
+
+@pytest.mark.parametrize("extra, code", [(["--lr", "1e30"], 1), ([], 0)])
+def test_the_terminal_is_given_back_however_the_run_ends(
+    extra, code, tmp_path, monkeypatch, capsys
+):
+    from flaxres.cli import progress
+
+    closed = []
+    monkeypatch.setattr(progress.Lines, "close", lambda self: closed.append(self))
+    found, _, err = call(capsys, *TINY, "--workdir", tmp_path / "run", *extra)
+    assert found == code and len(closed) == 1, err
+
+
+def test_stopped_before_the_first_step_it_names_no_picture(tmp_path, capsys):
+    from flaxres.cli.train import finish
+    from flaxres.train.results import Result
+    from flaxres.train.workdir import Workdir
+
+    Workdir(tmp_path / "run").claim(TrainConfig())
+    nan = float("nan")
+    finish(
+        Result(0, nan, nan, 0, 0.0, None, "0", str(tmp_path / "run"), stopped_by="SIGINT"), False
+    )
+    out = capsys.readouterr().out
+    assert "stopped by SIGINT at step 0" in out and "curves" not in out and "report" in out
 
 
 def test_help_needs_no_jax():

@@ -143,6 +143,21 @@ def test_without_evaluations_there_is_no_best(folder):
         assert checkpoints.best() is None and checkpoints.best_accuracy() is None
 
 
+def test_checkpoint_of_other_classes_is_not_called_damaged(folder):
+    save(folder, 3, 4)
+    other = state()
+    other.params["head"]["bias"] = np.zeros(7, np.float32)
+    with opened(folder) as checkpoints:
+        for step in (None, 3):
+            with pytest.raises(
+                ValueError,
+                match=r"another number of classes \(params.head.bias: \[10\] there, \[7\] here",
+            ):
+                checkpoints.restore(other, step)
+        assert checkpoints.steps() == [3, 4]
+    assert not (folder.parent / "damaged").exists()
+
+
 def test_empty_folder_restores_nothing(folder):
     with opened(folder) as checkpoints:
         assert checkpoints.restore(state()) is None

@@ -22,6 +22,7 @@ def test_every_recipe_is_valid_and_survives_json(name):
 def test_recipes_say_what_was_published():
     for preset in presets.PRESETS.values():
         assert "%" in preset.about
+        assert preset.time.endswith(".")
     goyal = presets.get("imagenet_resnet50")
     assert dataclasses.replace(goyal, batch_size=8192).peak_lr() == pytest.approx(3.2)
     he = presets.get("cifar10_resnet110")

@@ -320,6 +320,45 @@ def test_settings_that_do_not_fit_together_are_refused():
             distributed.initialize(dataclasses.replace(CONFIG, **changes))
 
 
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+
+
+@pytest.mark.parametrize(
+    "environment, found",
+    [
+        ({}, False),
+        ({**SLURM, "SLURM_NTASKS": "2"}, True),
+        ({**SLURM, "SLURM_NTASKS": "1"}, False),
+        # A batch script, outside srun, has no step of its own: `flaxres eval` there is alone.
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, False),
+        ({"JAX_COORDINATOR_ADDRESS": "here:1"}, True),
+    ],
+)
+def test_processes_are_found_in_the_environment(monkeypatch, environment, found):
+    for name in os.environ:
+        if name.startswith(("SLURM_", "OMPI_", "JAX_COORD", "KUBERNETES")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed._in_cluster() is found
+
+
+@pytest.mark.parametrize("hosts, found", [("a,b,c,d", True), ("a", False)])
+def test_a_tpu_pod_is_found_and_a_single_host_is_not_a_pod(monkeypatch, hosts, found):
+    from jax._src.clusters import cloud_tpu_cluster as tpu
+
+    monkeypatch.setattr(tpu, "running_in_cloud_tpu_vm", True)
+    answers = {"agent-worker-number": "1", "worker-network-endpoints": hosts, "tpu-env": ""}
+    monkeypatch.setattr(tpu, "get_metadata", lambda key: (answers[key], 200))
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    assert distributed._in_cluster() is found
+
+
 def test_one_process_agrees_with_itself():
     assert distributed.share(lambda: {"step": 3}) == {"step": 3}
     assert distributed.gather("SIGINT") == ["SIGINT"]

@@ -152,9 +152,17 @@ def test_accumulated_batch_statistics_run_through_the_micro_batches():
     assert abs(ratio - 1.9) < 0.1
 
 
-def test_mixing_and_dropping_do_not_depend_on_the_driver():
+def test_mixing_does_not_depend_on_the_driver():
     config = dataclasses.replace(CONFIG, mixup=0.4, cutmix=1.0, label_smoothing=0.1)
     assert_same(run(config, "pmap"), on_one_device(mixup=0.4, cutmix=1.0, label_smoothing=0.1))
+
+
+def test_stochastic_depth_under_mesh_is_that_of_one_device_and_under_pmap_repeats():
+    config = dataclasses.replace(CONFIG, stochastic_depth=0.5)
+    assert_same(run(config, "mesh"), on_one_device(stochastic_depth=0.5))
+    first, _ = run(config, "pmap", steps=2)
+    again, _ = run(config, "pmap", steps=2)
+    chex.assert_trees_all_equal(first.params, again.params)
 
 
 def test_nonfinite_update_is_left_out_and_counted():

@@ -15,6 +15,11 @@ def test_a_data_set_without_a_recipe_is_taken_at_its_own_size():
     assert (other.image_size, other.steps, other.epochs) == (None, None, 10)
 
 
+def test_a_data_set_with_recipes_gets_the_first_of_them():
+    assert default_config(["--data", "imagenet2012"]) == presets.get("imagenet_resnet50")
+    assert default_config(["--data", "cifar10"]) == presets.get("cifar10_resnet20")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_digits_reach_what_the_recipe_says_with_any_seed(seed):
