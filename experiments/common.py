@@ -71,6 +71,11 @@ def starts(
     return found
 
 
+def tower(blocks: int, width: int = 16) -> dict[str, Any]:
+    """Fields of a model whose blocks are all equal, so that only depth changes."""
+    return {"stage_sizes": (blocks,), "widths": (width,), "stem_width": width, "scan": True}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items()}

@@ -5,11 +5,11 @@ Question  Goyal 2017 (arXiv 1706.02677), Zhang 2019 (1901.09321), De & Smith 202
           starts make blocks exactly the identity, in nets of which style?
 Command   python -m experiments.identity_at_init [--quick]
 Time      ten seconds on two CPU cores.
-Came out  on resnet20 and the digits: with zero_gamma, zero_last, rezero, skipinit, fixup (and the dead
-          zero_branch) every block that keeps its shape is the identity and the net its skeleton,
-          exactly. layerscale(1e-4) is 1e-4 away, but in v2 with batch norm the net is 7 % away: the
-          padded channels of its skeleton are 0, and the final norm blows up what stands there.
-          scaled(0.5) is nearer, not near. A plain net is the identity with dirac and no norm.
+Came out  on resnet20 and the digits: with zero_gamma, zero_last, rezero, skipinit, fixup (and the
+          dead zero_branch) every block that keeps its shape is the identity and the net its
+          skeleton, exactly. layerscale(1e-4) is 1e-4 away, but in v2 with batch norm the net is 7 %
+          away: the padded channels of its skeleton are 0, and the final norm blows up what stands
+          there. scaled(0.5) is nearer, not near. A plain net is the identity with dirac, no norm.
 """
 
 import math
