@@ -3,7 +3,8 @@
 Question  Ours, a plain linen ResNet and PyTorch's, on one machine: who is faster in training and
           inference; what depth costs in time to compile, in memory and until the first step.
 Command   python -m experiments.benchmark [NAME …] [--quick] [--out DIR] [--data-dir DIR]
-          NAME is one of training, inference, compile, memory, first_step, input, tpu; default all.
+          NAME is one of training, inference, compile, memory, first_step, input, tpu, default all
+          of them, or forms: the convolution's forms, of which "auto" takes the fastest.
 Time      about twenty-five minutes on two CPU cores with nothing else running; --quick about three.
 Writes    benchmark.json, to which cases are added one by one, and benchmark.png; with --quick
           benchmark-quick.json and -quick.png, so that small forms never replace measurements.
@@ -25,7 +26,8 @@ from typing import Any
 from experiments.benchmark import environment
 from experiments.common import FIGURES
 
-CASES = ("training", "inference", "compile", "memory", "first_step", "input", "tpu")
+DEFAULT = ("training", "inference", "compile", "memory", "first_step", "input", "tpu")
+CASES = (*DEFAULT, "forms")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     conditions = environment.conditions()
     print(f"{conditions['processor']}, {conditions['cores']} cores, {conditions['device']}")
     print(", ".join(f"{name}={value}" for name, value in conditions["settings"].items()))
-    for name in options.names or CASES:
+    for name in options.names or DEFAULT:
         print(f"\n## {name}", flush=True)
         found = _measure(name, options)
         if found is None:
@@ -56,14 +58,15 @@ def main(argv: list[str] | None = None) -> int:
         write_json(file, results)
         report.draw(results, file.with_suffix(".png"))
         print(report.table(name, results[name]), flush=True)
-    if file.exists():
-        print(f"\n## targets\n{report.targets(json.loads(file.read_text()))}\n\n{file}")
+    if file.exists() and not options.quick:
+        print(f"\n## targets\n{report.targets(json.loads(file.read_text()))}")
+    print(f"\n{file}")
     return 0
 
 
 def _measure(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
     """A case's numbers, or None, and a sentence, where something that it needs is missing."""
-    from experiments.benchmark import depth, feeding, first_step, speed, tpu
+    from experiments.benchmark import depth, feeding, first_step, forms, speed, tpu
 
     measures: dict[str, Callable[[bool], dict[str, Any]]] = {
         "training": speed.training,
@@ -73,6 +76,7 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
         "first_step": first_step.measure,
         "input": functools.partial(feeding.measure, data_dir=options.data_dir),
         "tpu": tpu.measure,
+        "forms": forms.measure,
     }
     start = time.perf_counter()
     try:
@@ -89,7 +93,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="cases to measure; default all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="cases to measure")
     parser.add_argument("--quick", action="store_true", help="small forms, to see that it works")
     parser.add_argument("--out", type=pathlib.Path, default=FIGURES, help="folder of the results")
     parser.add_argument("--data-dir", help="TFDS directory with fashion_mnist, for input")
