@@ -24,14 +24,14 @@ def run(argv: list[str]) -> int:
     command = options.parse(Doctor, argv, "doctor")
     import jax
 
-    from flaxres.data import sources
+    from flaxres.cache import cache_dir
     from flaxres.train.workdir import versions
 
     missing = {name: use for name, use in _EXTRAS.items() if importlib.util.find_spec(name) is None}
     found = {
         "versions": versions(),
         "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],
-        "cache": str(sources.cache_dir()),
+        "cache": str(cache_dir()),
         "missing": missing,
     }
     for name, version in versions().items():

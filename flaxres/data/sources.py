@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from flaxres.cache import cache_dir
+
 # Mean and standard deviation a channel of the training images, as fractions of 255, as published.
 _MOMENTS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "digits": ((0.3054,), (0.3753,)),
@@ -53,12 +55,6 @@ class DataInfo:
         raise ValueError(
             f"data set {self.name!r} has no split to evaluate on (found: {', '.join(self.splits)})"
         )
-
-
-def cache_dir() -> pathlib.Path:
-    """Where flaxres keeps what it can make again: $XDG_CACHE_HOME/flaxres, ~/.cache/flaxres."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "flaxres"
 
 
 def known(data_dir: str | None = None) -> list[str]:

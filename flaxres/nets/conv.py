@@ -1,16 +1,27 @@
-"""Convolution in the form that the backend likes: a drop-in for `nn.Conv`."""
+"""Convolution in the form that the backend likes: a drop-in for `nn.Conv`.
 
+A convolution is linear in its input and in its kernel, and so are its two gradients: `conv_p`,
+`input_p` and `weight_p` below are each other's transposes. So derivatives of any order, forward
+and reverse, are made of these three, and each of them takes the form that `choose` knows to be the
+fastest for its pass, its shape and the backend that it is compiled for.
+"""
+
+import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
-from flaxres.nets import initialize
+from flaxres.nets import forms, initialize, onednn
+from flaxres.nets.forms import Geometry
 
-FORMS = ("auto", "lax", "matmul")
+FORMS = ("auto", "lax", "im2col", "rows", "shifts", "s2d", "onednn")
 Padding = str | int | Sequence[int | tuple[int, int]]
 
 
@@ -42,52 +53,174 @@ def conv(
     padding: Padding = "SYMMETRIC",
     groups: int = 1,
     form: str = "auto",
+    in_loop: bool = False,
 ) -> jax.Array:
-    """Two-dimensional cross-correlation.
+    """Two-dimensional cross-correlation, `lax.conv_general_dilated` in NHWC and HWIO.
 
-    x: `[batch, height, width, channels]`; kernel: `[k_h, k_w, channels/groups, features]` (HWIO).
+    x: `[batch, height, width, channels]`; kernel: `[k_h, k_w, channels/groups, features]`; both of
+    one dtype, which the result has. `form` forces one form for all passes (see `FORMS`), "auto"
+    takes the fastest; `in_loop` tells that the call stands in a scan. "onednn" falls back to
+    "auto" where oneDNN is not to be had.
     """
     if form not in FORMS:
         raise ValueError(f"unknown convolution form {form!r} (accepted: {', '.join(FORMS)})")
-    pads = explicit_padding(padding, x.shape[1:3], kernel.shape[:2], strides)
-    if form == "matmul" and groups == 1:
-        return _matmul(x, kernel, strides, pads)
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        pads,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
+    if x.shape[-1] != kernel.shape[2] * groups or kernel.shape[3] % groups:
+        raise ValueError(
+            f"a kernel of shape {list(kernel.shape)} does not fit an input of {x.shape[-1]} "
+            f"channels in {groups} groups"
+        )
+    size, window = (x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1])
+    top, left = explicit_padding(padding, size, window, strides)
+    geometry = Geometry(size, window, strides, (top, left), groups, form, in_loop)
+    if min(geometry.out) < 1:
+        raise ValueError(f"an input of {list(x.shape)} is too small for a kernel of {window}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return forms.forward_lax(x, kernel, geometry)
+    return conv_p.bind(*_varying_alike(x, kernel), geometry=geometry)
 
 
-def _matmul(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: tuple[int, int],
-    pads: tuple[tuple[int, int], ...],
-) -> jax.Array:
-    """One product of patches `[batch, h, w, k_h · k_w · channels]` and the flattened kernel.
-
-    Its derivatives are products too, whereas XLA's CPU backend runs those of its own convolution
-    many times slower inside loops.
-    """
-    rows, columns, channels, features = kernel.shape
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    height = (x.shape[1] - rows) // strides[0] + 1
-    width = (x.shape[2] - columns) // strides[1] + 1
-    shifted = [
-        x[
-            :,
-            i : i + (height - 1) * strides[0] + 1 : strides[0],
-            j : j + (width - 1) * strides[1] + 1 : strides[1],
-        ]
-        for i in range(rows)
-        for j in range(columns)
+def _varying_alike(*operands: jax.Array) -> list[jax.Array]:
+    """The operands, said to vary over every mesh axis that one of them does (in shard_map)."""
+    axes = [jax.typeof(operand).manual_axis_type.varying for operand in operands]
+    every = frozenset[str]().union(*axes)
+    return [
+        jax.lax.pcast(operand, tuple(every - own), to="varying") if every - own else operand
+        for operand, own in zip(operands, axes, strict=True)
     ]
-    patches = shifted[0] if len(shifted) == 1 else jnp.concatenate(shifted, axis=-1)
-    return jnp.dot(patches, kernel.reshape(rows * columns * channels, features))
+
+
+def choose(which: str, platform: str, geometry: Geometry, channels: int) -> str:
+    """The fastest form of a pass ("forward", "input", "weight") on a platform.
+
+    On GPU and TPU it is XLA's own convolution, but for few channels and a stride (the stem), which
+    TPUs take better as space to depth. On CPU measurements decide (two cores with AVX-512, ms, in
+    a loop for the last two columns; `python -m experiments.benchmark forms` takes them again):
+
+      pass     shape              lax  turned  im2col  rows  shifts   lax  best
+      forward  16·56²·64 → 64      37       -      39    41      38
+      forward  16·14²·256 → 256    22       -      27    24      22    20  lax 20
+      forward  16·7²·512 → 512     24       -      20    21      23
+      input    16·56²·64 → 64      38      35      41    42      33
+      input    16·14²·256 → 256    20      20      25    24      22   116  turned 20
+      input    16·7²·512 → 512     28       -      25    24      19
+      weight   16·224²·3 → 64 7×7  76       -      66    90     202
+      weight   16·56²·64 → 64      41       -      63    56      59
+      weight   16·14²·256 → 256    23       -      27    26      26  3847  rows 26
+      weight   64·32²·16 → 16       5       -      13    14       8   381  shifts 8
+
+    On another machine of that kind lax took 117 for the weights at 56² and 76 at 28² (rows 67 and
+    41), so rows are taken there.
+    """
+    if platform != "cpu":
+        few = channels <= 4 and geometry.strides[0] == geometry.strides[1] > 1
+        return "s2d" if platform == "tpu" and few and geometry.groups == 1 else "lax"
+    small = max(geometry.out) <= 8
+    if geometry.kernel == (1, 1) or geometry.mapped:
+        return "im2col"  # products of matrices as they stand, or batched ones
+    if which == "forward":
+        return "im2col" if small and channels >= 64 else "lax"
+    if which == "input":
+        if geometry.strides != (1, 1):
+            return "shifts" if small or geometry.in_loop else "lax"
+        return "shifts" if small else "turned"
+    if channels <= 4:
+        return "im2col"
+    if channels <= 16 and not geometry.in_loop:
+        return "lax"
+    return "rows" if channels >= 64 else "shifts"
+
+
+def _run(which: str, platform: str, a: jax.Array, b: jax.Array, *, geometry: Geometry) -> jax.Array:
+    """One pass, as it is compiled for a platform."""
+    form = geometry.form
+    if geometry.mapped:
+        form = choose(which, platform, geometry, 0) if form == "auto" else form
+        one = dataclasses.replace(geometry, mapped=False, form=form)
+        return jax.vmap(partial(_run, which, platform, geometry=one))(a, b)
+    if form == "onednn":
+        if platform == "cpu" and onednn.takes(a, b):
+            return onednn.convolve(which, a, b, geometry)
+        form = "auto"
+    if form == "auto":
+        channels = b.shape[2] if which != "weight" else a.shape[-1] // geometry.groups
+        form = choose(which, platform, geometry, channels)
+    run = forms.FORMS[which][form]
+    if geometry.groups > 1 and form != "lax":
+        run = forms.grouped(run)
+    return run(a, b, geometry)
+
+
+def _shape(which: str, a: Any, b: Any, geometry: Geometry) -> tuple[int, ...]:
+    lead = a.shape[:1] if geometry.mapped else ()
+    batch = a.shape[len(lead)]
+    if which == "forward":
+        return (*lead, batch, *geometry.out, b.shape[-1])
+    if which == "input":
+        return (*lead, batch, *geometry.size, b.shape[-2] * geometry.groups)
+    return (*lead, *geometry.kernel, a.shape[-1] // geometry.groups, b.shape[-1])
+
+
+def _batched(which: str, primitive: Primitive, operands: Any, axes: Any, geometry: Geometry) -> Any:
+    """The rule of vmap: a shared kernel takes the mapped axis into the batch."""
+    a, b = operands
+    if axes[1] is None and which != "weight" and not geometry.mapped:
+        a = jnp.moveaxis(a, axes[0], 0)
+        out = primitive.bind(a.reshape(-1, *a.shape[2:]), b, geometry=geometry)
+        return out.reshape(*a.shape[:2], *out.shape[1:]), 0
+    count = next(o.shape[axis] for o, axis in zip(operands, axes, strict=True) if axis is not None)
+    a, b = (
+        jnp.broadcast_to(o, (count, *o.shape)) if axis is None else jnp.moveaxis(o, axis, 0)
+        for o, axis in zip(operands, axes, strict=True)
+    )
+    if geometry.mapped:  # a vmap in a vmap
+        flat = (o.reshape(-1, *o.shape[2:]) for o in (a, b))
+        out = primitive.bind(*flat, geometry=geometry)
+        return out.reshape(count, -1, *out.shape[1:]), 0
+    return primitive.bind(a, b, geometry=dataclasses.replace(geometry, mapped=True)), 0
+
+
+def _primitive(which: str, name: str) -> Primitive:
+    primitive = Primitive(name)
+
+    def shaped(a: Any, b: Any, *, geometry: Geometry) -> Any:
+        # `update` keeps what else an abstract array knows, such as the axes it varies over.
+        return a.update(shape=_shape(which, a, b, geometry), weak_type=False)
+
+    def batched(operands: Any, axes: Any, *, geometry: Geometry) -> Any:
+        return _batched(which, primitive, operands, axes, geometry)
+
+    def run(platform: str) -> Any:
+        return mlir.lower_fun(partial(_run, which, platform), multiple_results=False)
+
+    primitive.def_abstract_eval(shaped)
+    primitive.def_impl(partial(jax.jit(primitive.bind, static_argnames="geometry")))
+    batching.primitive_batchers[primitive] = batched
+    mlir.register_lowering(primitive, run("other"))
+    for platform in ("cpu", "tpu"):
+        mlir.register_lowering(primitive, run(platform), platform=platform)
+    return primitive
+
+
+conv_p = _primitive("forward", "flaxres_conv")
+input_p = _primitive("input", "flaxres_conv_input")
+weight_p = _primitive("weight", "flaxres_conv_weight")
+
+# y = conv(x, k); dx = input(dy, k); dk = weight(x, dy). Each line: the transposes in its operands.
+ad.defbilinear(
+    conv_p,
+    lambda ct, x, k, geometry: input_p.bind(ct, k, geometry=geometry),
+    lambda ct, x, k, geometry: weight_p.bind(x, ct, geometry=geometry),
+)
+ad.defbilinear(
+    input_p,
+    lambda ct, dy, k, geometry: conv_p.bind(ct, k, geometry=geometry),
+    lambda ct, dy, k, geometry: weight_p.bind(ct, dy, geometry=geometry),
+)
+ad.defbilinear(
+    weight_p,
+    lambda ct, x, dy, geometry: input_p.bind(dy, ct, geometry=geometry),
+    lambda ct, x, dy, geometry: conv_p.bind(x, ct, geometry=geometry),
+)
 
 
 class Conv(nn.Module):
@@ -104,22 +237,27 @@ class Conv(nn.Module):
     kernel_init: Any = initialize.HE
     bias_init: Any = initialize.ZEROS
     form: str = "auto"
+    """One form for all passes, see `conv`."""
+    in_loop: bool = False
+    """The module is scanned over."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         size = _pair(self.kernel_size)
-        if x.shape[-1] % self.feature_group_count or self.features % self.feature_group_count:
+        groups = self.feature_group_count
+        if x.shape[-1] % groups or self.features % groups:
             raise ValueError(
                 f"{x.shape[-1]} channels and {self.features} features do not divide into "
-                f"{self.feature_group_count} groups"
+                f"{groups} groups"
             )
-        shape = (*size, x.shape[-1] // self.feature_group_count, self.features)
+        shape = (*size, x.shape[-1] // groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = conv(x, kernel, _pair(self.strides), self.padding, self.feature_group_count, self.form)
+        strides = _pair(self.strides)
+        y = conv(x, kernel, strides, self.padding, groups, self.form, self.in_loop)
         return y if bias is None else y + bias
 
 

@@ -3,14 +3,16 @@
 All are called as `norm(x, train, act)`.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flaxres.nets import initialize
+from flaxres.nets import initialize, onednn
+from flaxres.nets.backend import standing
 
 Activation = Callable[[jax.Array], jax.Array] | None
 
@@ -40,6 +42,9 @@ class BatchNorm(nn.Module):
     """Mapped axis over which statistics are averaged (synchronised batch norm)."""
     groups: int = 1
     """Equal groups of the batch with statistics each (ghost batch norm, Hoffer 2017)."""
+    form: str = "auto"
+    """"auto", "onednn" (sums on the CPU by the bridge) or "plain", which knows forward-mode
+    derivatives in training too; the numbers are the same within rounding."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, act: Activation = None) -> jax.Array:
@@ -56,22 +61,105 @@ class BatchNorm(nn.Module):
             raise ValueError(f"a batch of {x.shape[0]} does not divide into {self.groups} groups")
         grouped = x.reshape(self.groups, -1, channels)
         axis = None if self.is_initializing() else self.axis_name
-        mean, var = _moments(grouped, axis)
-        y = _normalize(grouped, mean[:, None], var[:, None], scale, bias, self.epsilon)
+        if self.form == "plain":
+            mean, var = _moments(grouped, axis)
+            y = _normalize(grouped, mean[:, None], var[:, None], scale, bias, self.epsilon)
+            y = _finish(y, act, dtype)
+        else:
+            how = _How(self.epsilon, axis, act is nn.relu, self.form == "onednn", dtype)
+            y, mean, var = _normalize_batch(grouped, scale, bias, how)
+            y = y if how.relu else _finish(y, act, dtype)
         if not self.is_initializing():
             for running, new in ((running_mean, mean.mean(0)), (running_var, var.mean(0))):
                 running.value = self.momentum * running.value + (1 - self.momentum) * new
-        return _finish(y.reshape(x.shape), act, dtype)
+        return y.reshape(x.shape)
 
 
-def _moments(x: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
+def _moments(
+    x: jax.Array, axis: str | None, by_onednn: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Mean and biased variance over axis 1 of `[groups, n, channels]`, float32."""
-    x = x.astype(jnp.float32)
-    mean = jnp.mean(x, axis=1)
-    square = jnp.mean(jnp.square(x), axis=1)
+    if by_onednn and onednn.takes(x):
+        sums = jax.vmap(onednn.moments)(x)
+        mean, square = (s / x.shape[1] for s in sums)
+    else:
+        x = x.astype(jnp.float32)
+        mean, square = (_sum(values) / x.shape[1] for values in (x, jnp.square(x)))
     if axis is not None:
         mean, square = jax.lax.pmean((mean, square), axis)
     return mean, jnp.maximum(square - jnp.square(mean), 0.0)
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """Over axis 1 of `[groups, n, channels]`."""
+    if len(x) > 1:
+        return jnp.sum(x, axis=1)
+    # Behind an axis of size 1, XLA's CPU backend sums products twenty times slower.
+    return jnp.sum(x.reshape(x.shape[1:]), axis=0)[None]
+
+
+class _How(NamedTuple):
+    """What `_normalize_batch` does not differentiate by."""
+
+    epsilon: float
+    axis: str | None
+    relu: bool
+    by_onednn: bool
+    dtype: Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalize_batch(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, how: _How
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(act((x - mean) / std · scale + bias), mean, var), x `[groups, n, channels]`.
+
+    For the backward pass only x is kept, the output of the convolution: what else it needs is
+    made again from it, in two readings of memory. No gradient flows through mean and var.
+    """
+    return _normalize_forward(x, scale, bias, how)[0]
+
+
+def _normalize_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, how: _How) -> Any:
+    mean, var = _moments(x, how.axis, how.by_onednn)
+    y = _normalize(x, mean[:, None], var[:, None], scale, bias, how.epsilon)
+    y = (nn.relu(y) if how.relu else y).astype(how.dtype)
+    return (y, mean, var), (x, scale, bias, mean, var)
+
+
+def _normalize_backward(how: _How, kept: Any, cotangents: Any) -> Any:
+    x, scale, bias, mean, var = kept
+    dy = cotangents[0].astype(jnp.float32)
+    inverse = jax.lax.rsqrt(var + how.epsilon)
+    factor = inverse * scale
+    if how.by_onednn and onednn.takes(x):
+        in_axes = (0, 0, 0, 0, None, None)
+        sums = jax.vmap(onednn.gradients, in_axes)(x, dy, mean, factor, bias, how.relu)
+        dz = _masked(x, dy, mean, factor, bias, how)
+    else:
+        dz = standing(_masked(x, dy, mean, factor, bias, how))
+        total = _sum(dz)
+        sums = total, _sum(dz * x.astype(jnp.float32)) - mean * total
+    total, product = sums
+    product = product * inverse
+    both = (total, product) if how.axis is None else jax.lax.pmean((total, product), how.axis)
+    shift, slope = (s[:, None] / x.shape[1] for s in both)
+    normal = (x.astype(jnp.float32) - mean[:, None]) * inverse[:, None]
+    dx = factor[:, None] * (dz - shift - normal * slope)
+    return dx.astype(x.dtype), product.sum(0).astype(scale.dtype), total.sum(0).astype(bias.dtype)
+
+
+def _masked(
+    x: jax.Array, dy: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array, how: _How
+) -> jax.Array:
+    """dy where the ReLU let pass."""
+    if not how.relu:
+        return dy
+    centred = x.astype(jnp.float32) - mean[:, None]
+    return jnp.where(centred * factor[:, None] + bias > 0, dy, 0.0)
+
+
+_normalize_batch.defvjp(_normalize_forward, _normalize_backward)
 
 
 def _normalize(

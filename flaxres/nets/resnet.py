@@ -16,6 +16,7 @@ from flaxres.nets.blocks import BLOCKS, ModuleDef, activation, blur
 from flaxres.nets.conv import Conv
 from flaxres.nets.initialize import ResidualInit
 from flaxres.nets.norms import BatchNorm, GroupNorm, NoNorm
+from flaxres.nets.pool import max_pool
 
 _CHOICES = {
     "block": tuple(BLOCKS),
@@ -88,6 +89,8 @@ class ResNet(nn.Module):
     """Groups of the batch with statistics of their own (ghost batch norm)."""
     conv_form: str = "auto"
     """The form of every convolution, see `flaxres.nets.conv`."""
+    norm_form: str | None = None
+    """The form of batch norm, see `flaxres.nets.norms`; None takes what fits conv_form."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, features: bool = False) -> Any:
@@ -200,10 +203,13 @@ class ResNet(nn.Module):
             )
 
     def _conv(self, scanned: bool = False) -> ModuleDef:
-        # Inside a loop XLA's CPU backend runs the backward pass of its own convolution many
-        # times slower than matrix products.
-        form = "matmul" if scanned and self.conv_form == "auto" else self.conv_form
-        return functools.partial(Conv, dtype=self.dtype, param_dtype=self.param_dtype, form=form)
+        return functools.partial(
+            Conv,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            form=self.conv_form,
+            in_loop=scanned,
+        )
 
     def _norm(self) -> ModuleDef:
         if self.norm == "none":
@@ -216,6 +222,7 @@ class ResNet(nn.Module):
             param_dtype=self.param_dtype,
             axis_name=self.norm_axis,
             groups=self.norm_groups,
+            form=self.norm_form or ("onednn" if self.conv_form == "onednn" else "auto"),
         )
 
     def _block(self, stage: int, conv: ModuleDef) -> ModuleDef:
@@ -266,10 +273,7 @@ class Stem(nn.Module):
             x = self.norm(name="norm3" if self.kind == "deep" else "norm")(x, train, act)
         if self.kind == "cifar":
             return x
-        # Padding is −inf, not 0: in v2 the stem's outputs may all be negative.
-        pool_strides = (1, 1) if self.antialias else (2, 2)
-        x = nn.max_pool(x, (3, 3), pool_strides, ((1, 1), (1, 1)))
-        return blur(x, 2) if self.antialias else x
+        return blur(max_pool(x, 1), 2) if self.antialias else max_pool(x, 2)
 
 
 class Stage(nn.Module):
@@ -343,8 +347,9 @@ def block_runs(model: ResNet, stage: int) -> list[tuple[int, int]]:
 def scan_pays(model: ResNet) -> bool:
     """Whether some stage has so many equal blocks that one scanned block beats separate ones.
 
-    Below four, the compiler's time is short either way and separate blocks run as fast.
+    Below eight, the compiler's time is short either way, and a scan of big blocks spends a tenth of
+    a step on moving what it keeps for the backward pass.
     """
     scanned = model.clone(scan=True)
     stages = range(1, len(model.stage_sizes) + 1)
-    return any(last - first >= 3 for stage in stages for first, last in block_runs(scanned, stage))
+    return any(last - first >= 7 for stage in stages for first, last in block_runs(scanned, stage))

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from flaxres.data import sources
+from flaxres.cache import cache_dir
 
 
 def enable_compilation_cache() -> None:
@@ -19,7 +19,7 @@ def enable_compilation_cache() -> None:
     if os.environ.get("FLAXRES_COMPILATION_CACHE", "1") == "0":
         return
     if jax.config.values.get("jax_compilation_cache_dir") is None:
-        jax.config.update("jax_compilation_cache_dir", str(sources.cache_dir() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

@@ -58,7 +58,7 @@ def sweep(config: TrainConfig, seeds: Sequence[int], lrs: Sequence[float] | None
     ]
     enable_compilation_cache()
     info = sources.describe(config.data, config.data_dir)
-    states = _stack([_state(each, info) for each in configs])
+    states = _stack([create_state(each, info)[1] for each in configs])
     factors = jnp.array([lr / config.lr for lr in rates], jnp.float32)
     numbers = jnp.array(seeds, jnp.uint32)
 
@@ -85,17 +85,6 @@ def sweep(config: TrainConfig, seeds: Sequence[int], lrs: Sequence[float] | None
     accuracy = _accuracy(config, info, states)
     host = jax.device_get(states)
     return Sweep(config, tuple(seeds), rates, host.task.model, host, history, accuracy)
-
-
-def _state(config: TrainConfig, info: Any) -> TrainState:
-    """A state of its own seed, with the optimiser of the shared learning rate."""
-    model, state = create_state(config, info)
-    if jax.default_backend() == "cpu" and model.conv_form == "auto":
-        # Convolutions with a kernel for each run are grouped ones, which XLA's CPU backend runs
-        # slowly; products of matrices are batched at no loss.
-        task = dataclasses.replace(state.task, model=model.clone(conv_form="matmul"))
-        state = state.replace(task=task)
-    return state
 
 
 def _stack(trees: list[Any]) -> Any:

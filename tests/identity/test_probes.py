@@ -159,6 +159,18 @@ def test_network_singular_values_are_those_of_the_dense_jacobian():
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
+def test_jacobians_are_taken_of_training_batches_too():
+    model, variables = small()
+    images = IMAGES[:2, :4, :4]
+    for function, point in (
+        probes.network_jacobian(model, variables, images, train=True),
+        probes.block_jacobian(model, variables, images, "stage2/block1", train=True),
+    ):
+        dense = jax.jacrev(function)(point).reshape(function(point).size, -1)
+        found = probes.singular_values(function, point, jax.random.key(0), steps=60)
+        np.testing.assert_allclose(found[0], np.linalg.svd(dense)[1][0], rtol=1e-3)
+
+
 def test_gradient_correlation_is_that_of_gradients_taken_one_by_one():
     model, variables = small()
     key = jax.random.key(4)

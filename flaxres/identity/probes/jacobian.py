@@ -31,7 +31,7 @@ def block_jacobian(
     if more:
         raise ValueError(f"{address!r} means {len(more) + 1} blocks: a Jacobian is of one")
     images = image if image.ndim == 4 else image[None]
-    model, variables = common.per_block(model, variables)
+    model, variables = common.per_block(model.clone(norm_form="plain"), variables)
     _, blocks, _ = common.trace(model, variables, images, train)
     module = model.make_block(row.stage, row.block)
     place = (f"stage{row.stage}", f"block{row.block}")
@@ -52,6 +52,7 @@ def network_jacobian(
 ) -> tuple[Function, jax.Array]:
     """(function, point): logits as a function of the image, `[h, w, c]` or `[batch, h, w, c]`."""
     images = image if image.ndim == 4 else image[None]
+    model = model.clone(norm_form="plain")  # which knows forward-mode derivatives in training
 
     def function(x: jax.Array) -> jax.Array:
         return common.apply(model, variables, x, train, mutable=["batch_stats"])[0]
