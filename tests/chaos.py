@@ -22,14 +22,13 @@ import sys
 import tempfile
 import time
 
-STEPS, EVAL_EVERY, SAVE_EVERY = 60, 20, 4
+SAVE_EVERY = 4
 MOMENTS = ("starting", "training", "saving")
 PEER_SECONDS = 15.0
 _COMMAND = (sys.executable, "-m", "flaxres.cli.main", "train")
 _OPTIONS = (
     "--model=resnet8_cifar --batch-size=16 --lr=0.01 --ema=0.9 --log-every=20 --keep=2 --json "
-    f"--eval-batch-size=360 --steps={STEPS} --warmup-steps=0 --eval-every={EVAL_EVERY} "
-    f"--checkpoint-every={SAVE_EVERY}"
+    f"--eval-batch-size=360 --warmup-steps=0 --checkpoint-every={SAVE_EVERY}"
 ).split()
 
 
@@ -37,12 +36,20 @@ _OPTIONS = (
 class Reference:
     """A run that nobody killed."""
 
+    steps: int
+    eval_every: int
     sha256: str
     losses: list[float]
     starting: float
     """Seconds from its start to its first step."""
     training: float
     """Seconds from there to its end."""
+
+    @property
+    def evaluated(self) -> list[int]:
+        """Steps with an evaluation; the last is always one."""
+        every = list(range(self.eval_every, self.steps + 1, self.eval_every))
+        return every if every[-1] == self.steps else [*every, self.steps]
 
 
 @dataclasses.dataclass
@@ -62,11 +69,12 @@ class Outcome:
 class Attempt:
     """One start of a run: its processes, and what they print."""
 
-    def __init__(self, work: pathlib.Path, count: int) -> None:
+    def __init__(self, work: pathlib.Path, count: int, steps: int, eval_every: int) -> None:
         self.work = work
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        length = [f"--steps={steps}", f"--eval-every={eval_every}"]
         joined = [f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}"]
         env = {
             **os.environ,
@@ -82,7 +90,7 @@ class Attempt:
             with output.open("w") as stream:
                 self.processes.append(
                     subprocess.Popen(
-                        [*_COMMAND, *_OPTIONS, f"--workdir={work}", *own],
+                        [*_COMMAND, *_OPTIONS, *length, f"--workdir={work}", *own],
                         env=env,
                         stdout=stream,
                         stderr=subprocess.STDOUT,
@@ -155,16 +163,23 @@ def lines(work: pathlib.Path, split: str) -> list[dict]:
     return [line for line in map(json.loads, text.splitlines()) if line["split"] == split]
 
 
-def reference(folder: pathlib.Path, count: int) -> Reference:
+def reference(folder: pathlib.Path, count: int, steps: int) -> Reference:
     """Train once without a kill."""
-    attempt = Attempt(folder / f"reference-{count}", count)
+    eval_every = max(1, steps // 3)
+    attempt = Attempt(folder / f"reference-{count}", count, steps, eval_every)
     attempt.until(attempt.stepped)
     first = time.monotonic()
     if any(attempt.end(600)):
         raise SystemExit(f"the run that nobody killed failed: {attempt.said()}")
     losses = [line["loss"] for line in lines(attempt.work, "train")]
     spent = time.monotonic() - first
-    return Reference(attempt.result()["params_sha256"], losses, first - attempt.began, spent)
+    sha256 = attempt.result()["params_sha256"]
+    return Reference(steps, eval_every, sha256, losses, first - attempt.began, spent)
+
+
+def planned(dice: random.Random) -> list[str]:
+    """One to three moments to kill a run at."""
+    return dice.choices(MOMENTS, weights=(1, 2, 3), k=dice.randint(1, 3))
 
 
 def survive(
@@ -172,10 +187,9 @@ def survive(
 ) -> Outcome:
     """Kill a run one to three times, start it again until it is done, and judge it."""
     work = folder / f"run-{number}"
-    planned = dice.choices(MOMENTS, weights=(1, 2, 3), k=dice.randint(1, 3))
     outcome = Outcome(count, [], 0, None, [], False, False)
-    for moment in [*planned, None]:
-        attempt = Attempt(work, count)
+    for moment in [*planned(dice), None]:
+        attempt = Attempt(work, count, plain.steps, plain.eval_every)
         if moment is not None and _kill_at(attempt, moment, plain, dice, outcome):
             continue
         codes = attempt.end(600)
@@ -187,8 +201,8 @@ def survive(
     outcome.bitwise = result["params_sha256"] == plain.sha256
     train, evaluations = lines(work, "train"), lines(work, "eval")
     outcome.metrics_whole = (
-        [line["step"] for line in train] == list(range(1, STEPS + 1))
-        and [line["step"] for line in evaluations] == list(range(EVAL_EVERY, STEPS + 1, EVAL_EVERY))
+        [line["step"] for line in train] == list(range(1, plain.steps + 1))
+        and [line["step"] for line in evaluations] == plain.evaluated
         and [line["loss"] for line in train] == plain.losses
     )
     return outcome
@@ -232,6 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run it all; 0 if every run survived."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="taken in turn")
     arguments = parser.parse_args(argv)
@@ -239,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         folder = pathlib.Path(scratch)
-        plain = {count: reference(folder, count) for count in arguments.processes}
+        plain = {n: reference(folder, n, arguments.steps) for n in arguments.processes}
         for number in range(arguments.runs):
             count = arguments.processes[number % len(arguments.processes)]
             dice = random.Random(f"{arguments.seed}-{number}")
