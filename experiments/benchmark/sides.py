@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmark import linen_resnet, steps
-from flaxres.nets import conv, zoo
+from flaxres.nets import onednn, zoo
 from flaxres.nets.resnet import ResNet, scan_pays
 
 OURS, ONEDNN, REMAT = "flaxres", "flaxres + oneDNN", "flaxres, remat"
@@ -29,8 +29,7 @@ def dtype() -> Any:
 
 def has_onednn() -> bool:
     """Whether convolutions by oneDNN can be had here."""
-    bridge = getattr(conv, "onednn", None)
-    return on_cpu() and bridge is not None and bool(bridge.available())
+    return on_cpu() and onednn.available()
 
 
 def our_model(name: str, **overrides: Any) -> ResNet:
