@@ -10,6 +10,8 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from flaxres.cli import allocator
+
 # command -> (module, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("flaxres.cli.train", "train a network, or go on with a run"),
@@ -25,8 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        allocator.tune(arguments)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments = [argument for argument in arguments if argument not in ("--debug", allocator.FLAG)]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -79,7 +83,8 @@ def _help() -> str:
             "commands:",
             *lines,
             "",
-            "flaxres COMMAND --help shows a command's options with their defaults.",
+            "flaxres COMMAND --help shows a command's options with their defaults; --debug shows",
+            f"where an error came from, {allocator.FLAG} leaves the allocator of C as it is.",
             "Without options, `flaxres train` trains a small network on real digits in a minute.",
         ]
     )

@@ -59,8 +59,7 @@ def conv(
 
     x: `[batch, height, width, channels]`; kernel: `[k_h, k_w, channels/groups, features]`; both of
     one dtype, which the result has. `form` forces one form for all passes (see `FORMS`), "auto"
-    takes the fastest; `in_loop` tells that the call stands in a scan. "onednn" falls back to
-    "auto" where oneDNN is not to be had.
+    takes the fastest; `in_loop` tells that the call stands in a scan. "onednn" falls back to "auto" where oneDNN is not to be had.
     """
     if form not in FORMS:
         raise ValueError(f"unknown convolution form {form!r} (accepted: {', '.join(FORMS)})")
@@ -109,25 +108,29 @@ def choose(which: str, platform: str, geometry: Geometry, channels: int) -> str:
       weight   64·32²·16 → 16       5       -      13    14       8   381  shifts 8
 
     On another machine of that kind lax took 117 for the weights at 56² and 76 at 28² (rows 67 and
-    41), so rows are taken there.
+    41), so rows are taken there. Small maps take the forms that compile soonest.
     """
     if platform != "cpu":
         few = channels <= 4 and geometry.strides[0] == geometry.strides[1] > 1
         return "s2d" if platform == "tpu" and few and geometry.groups == 1 else "lax"
-    small = max(geometry.out) <= 8
+    size = max(geometry.out)
     if geometry.kernel == (1, 1) or geometry.mapped:
         return "im2col"  # products of matrices as they stand, or batched ones
     if which == "forward":
-        return "im2col" if small and channels >= 64 else "lax"
+        return "im2col" if size <= 8 and channels >= 64 else "lax"
     if which == "input":
-        if geometry.strides != (1, 1):
-            return "shifts" if small or geometry.in_loop else "lax"
-        return "shifts" if small else "turned"
-    if channels <= 4:
+        if size <= 8 and channels >= 256:
+            return "shifts"
+        if not geometry.in_loop:
+            return "lax"
+        return "turned" if geometry.strides == (1, 1) else "shifts"
+    if size > 12 and channels >= 64:
+        return "rows"
+    if channels <= 4 and max(geometry.kernel) > 3:
         return "im2col"
-    if channels <= 16 and not geometry.in_loop:
+    if not geometry.in_loop:
         return "lax"
-    return "rows" if channels >= 64 else "shifts"
+    return "im2col" if size <= 12 else "shifts"
 
 
 def _run(which: str, platform: str, a: jax.Array, b: jax.Array, *, geometry: Geometry) -> jax.Array:
@@ -145,6 +148,9 @@ def _run(which: str, platform: str, a: jax.Array, b: jax.Array, *, geometry: Geo
         channels = b.shape[2] if which != "weight" else a.shape[-1] // geometry.groups
         form = choose(which, platform, geometry, channels)
     run = forms.FORMS[which][form]
+    if geometry.kernel != (1, 1) and form not in ("lax", "turned"):
+        # Else what gives the operands would be computed again for each entry of the kernel.
+        a, b = jax.lax.optimization_barrier((a, b))
     if geometry.groups > 1 and form != "lax":
         run = forms.grouped(run)
     return run(a, b, geometry)

@@ -32,7 +32,8 @@ class Geometry:
     groups: int = 1
     form: str = "auto"
     in_loop: bool = False
-    """Inside a scan, where XLA's CPU backend runs its own convolutions many times slower."""
+    """Inside a scan, where XLA's CPU backend runs the gradients of its own convolution many times
+    slower."""
     mapped: bool = False
     """All operands have a leading axis more, of convolutions with a kernel each (vmap)."""
 

@@ -182,7 +182,7 @@ template <typename Add>
 void ColumnSums(int64_t rows, int64_t channels, float* first, float* second, Add add) {
   constexpr int64_t kBlock = 64;
   const int64_t blocks = (rows + kBlock - 1) / kBlock;
-  std::vector<double> total(2 * channels, 0.0);
+  std::vector<std::vector<double>> sums(omp_get_max_threads());
 #pragma omp parallel
   {
     std::vector<double> own(2 * channels, 0.0);
@@ -195,9 +195,12 @@ void ColumnSums(int64_t rows, int64_t channels, float* first, float* second, Add
         add(row * channels, block.data(), block.data() + channels);
       for (int64_t c = 0; c < 2 * channels; ++c) own[c] += block[c];
     }
-#pragma omp critical
-    for (int64_t c = 0; c < 2 * channels; ++c) total[c] += own[c];
+    sums[omp_get_thread_num()] = std::move(own);
   }
+  // In order, so that a sum is the same bit for bit whoever is done first.
+  std::vector<double> total(2 * channels, 0.0);
+  for (const auto& own : sums)
+    for (size_t c = 0; c < own.size(); ++c) total[c] += own[c];
   for (int64_t c = 0; c < channels; ++c) {
     first[c] = static_cast<float>(total[c]);
     second[c] = static_cast<float>(total[channels + c]);

@@ -57,6 +57,13 @@ def reason() -> str | None:
     return None
 
 
+def describe(form: str) -> str:
+    """Who computes convolutions of a form, for a log."""
+    if form != "onednn" or jax.default_backend() != "cpu":
+        return f"XLA, form {form}"
+    return "oneDNN" if available() else f"XLA, since oneDNN is not to be had: {reason()}"
+
+
 def takes(*operands: Any) -> bool:
     """Whether operands are such as the bridge takes: float32, and oneDNN there."""
     return all(operand.dtype == jnp.float32 for operand in operands) and available()

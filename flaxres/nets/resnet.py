@@ -89,6 +89,8 @@ class ResNet(nn.Module):
     """Groups of the batch with statistics of their own (ghost batch norm)."""
     conv_form: str = "auto"
     """The form of every convolution, see `flaxres.nets.conv`."""
+    in_loop: bool = False
+    """The whole model is scanned over, as by accumulation of gradients; a hint to convolutions."""
     norm_form: str | None = None
     """The form of batch norm, see `flaxres.nets.norms`; None takes what fits conv_form."""
 
@@ -113,7 +115,7 @@ class ResNet(nn.Module):
             start = sum(self.stage_sizes[: stage - 1])
             x = taken[f"stage{stage}"] = Stage(
                 block=self._block(stage, self._conv()),
-                scanned=self._block(stage, self._conv(scanned=True)),
+                scanned=self._block(stage, self._conv(in_loop=True)),
                 strides=self.stage_strides(stage),
                 runs=tuple(block_runs(self, stage)),
                 rates=None if rates is None else rates[start : start + size],
@@ -202,13 +204,13 @@ class ResNet(nn.Module):
                 f"{self.total_stride} in all; use at least {self.total_stride}×{self.total_stride}"
             )
 
-    def _conv(self, scanned: bool = False) -> ModuleDef:
+    def _conv(self, in_loop: bool = False) -> ModuleDef:
         return functools.partial(
             Conv,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             form=self.conv_form,
-            in_loop=scanned,
+            in_loop=in_loop or self.in_loop,
         )
 
     def _norm(self) -> ModuleDef:

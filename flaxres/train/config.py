@@ -15,6 +15,7 @@ MAY_DIFFER = frozenset(
         "devices",
         "scan",
         "remat",
+        "conv_form",
         "fsdp",
         "workers",
         "max_corrupt",
@@ -113,6 +114,8 @@ class TrainConfig:
     """Run equal blocks as one scanned block: compile time and memory flat in depth."""
     remat: Literal["none", "block", "conv"] = "none"
     """Recompute activations in the backward pass to save memory."""
+    conv_form: Literal["auto", "onednn", "lax", "im2col", "rows", "shifts", "s2d"] = "auto"
+    """Form of convolutions: auto is the fastest in pure JAX, onednn needs flaxres[onednn]."""
 
     driver: Literal["auto", "device", "pmap", "mesh"] = "auto"
     """One device, pmap, or jit over a mesh; auto takes pmap where there are several devices."""

@@ -188,6 +188,11 @@ class MeshDriver(Driver):
 
     def __init__(self, config: TrainConfig, devices: list[jax.Device]) -> None:
         super().__init__(config, devices)
+        if config.conv_form == "onednn" and len(devices) > 1:
+            raise ValueError(
+                "conv_form=onednn does not fit driver=mesh with several devices, whose compiler "
+                "cannot split foreign calls: use driver=pmap, or conv_form=auto"
+            )
         self._mesh = Mesh(np.array(devices), (AXIS,))
         self._whole = NamedSharding(self._mesh, PartitionSpec())
         self._rows = NamedSharding(self._mesh, PartitionSpec(AXIS))

@@ -12,6 +12,7 @@ import numpy as np
 
 from flaxres.data import pipeline, sources
 from flaxres.data.sources import DataInfo
+from flaxres.nets import onednn
 from flaxres.train import distributed
 from flaxres.train.checkpoint import Checkpoints, Restored, steps_on_disk
 from flaxres.train.compiling import Background, abstract, enable_compilation_cache
@@ -76,6 +77,7 @@ def train(config: TrainConfig, *, listener: Listener | None = None) -> Result:
             stack.enter_context(logging_to(work.log))
 
         distributed.share(claim)
+        run_log.info("convolutions: %s", onednn.describe(config.conv_form))
         run = _Run(config, info, driver, work, listener, request, watch)
         stack.push(run.close)
         return run.go(state)

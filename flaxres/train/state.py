@@ -75,6 +75,7 @@ def make_model(config: TrainConfig, info: DataInfo) -> ResNet:
         stochastic_depth=config.stochastic_depth,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
+        conv_form=config.conv_form,
     )
     _, height, width, _ = input_shape(config, info)
     model.check_image((1, height, width, info.image_shape[2]))
