@@ -5,25 +5,21 @@ import pathlib
 import sys
 from typing import Any
 
-# Freed memory is kept and mapped in huge pages, for whoever runs in this process: without it each
-# step maps and unmaps all its temporaries. Read only when a process starts.
-TUNED = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 36),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
-}
+from flaxres.cli import allocator
+
+# What the command line sets for itself, here for whoever runs in this process.
+TUNED = allocator.VARIABLES
 # One library's OpenMP threads must not spin on the cores that another's need.
 _ALWAYS = {"OMP_WAIT_POLICY": "passive"}
 _MARK = "FLAXRES_BENCHMARK_ALLOCATOR"
 
 
-def start_again(allocator: str) -> None:
+def start_again(setting: str) -> None:
     """Replace this process by one that has these settings, unless it has them already."""
-    if os.environ.get(_MARK) == allocator:
+    if os.environ.get(_MARK) == setting:
         return
-    tuned = TUNED if allocator == "tuned" else {}
-    environment = {**os.environ, **tuned, **_ALWAYS, _MARK: allocator}
+    tuned = TUNED if setting == "tuned" else {}
+    environment = {**os.environ, **tuned, **_ALWAYS, _MARK: setting}
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 

@@ -25,6 +25,7 @@ def run(argv: list[str]) -> int:
     import jax
 
     from flaxres.cache import cache_dir
+    from flaxres.nets import onednn
     from flaxres.train.workdir import versions
 
     missing = {name: use for name, use in _EXTRAS.items() if importlib.util.find_spec(name) is None}
@@ -32,12 +33,14 @@ def run(argv: list[str]) -> int:
         "versions": versions(),
         "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],
         "cache": str(cache_dir()),
+        "onednn": onednn.reason() or "available",
         "missing": missing,
     }
     for name, version in versions().items():
         options.say(f"{name:18} {version}", command.json)
     options.say(f"{'devices':18} {', '.join(found['devices'])}", command.json)
     options.say(f"{'cache':18} {found['cache']}", command.json)
+    options.say(f"{'oneDNN':18} {found['onednn']}", command.json)
     for name, use in missing.items():
         options.say(f"without {name:10} no {use}", command.json)
     if command.json:

@@ -59,7 +59,8 @@ def conv(
 
     x: `[batch, height, width, channels]`; kernel: `[k_h, k_w, channels/groups, features]`; both of
     one dtype, which the result has. `form` forces one form for all passes (see `FORMS`), "auto"
-    takes the fastest; `in_loop` tells that the call stands in a scan. "onednn" falls back to "auto" where oneDNN is not to be had.
+    takes the fastest; `in_loop` tells that the call stands in a scan. "onednn" falls back to
+    "auto" where oneDNN is not to be had.
     """
     if form not in FORMS:
         raise ValueError(f"unknown convolution form {form!r} (accepted: {', '.join(FORMS)})")
