@@ -3,7 +3,7 @@
 Question  Zhang 2019 (Fixup, arXiv 1901.09321): with the last layer of each branch at zero only that
           layer moves at first, and the rest a step later. Which starts never wake up?
 Command   python -m experiments.awakening [--quick]
-Time      one and a half minutes on one CPU core; --quick half a minute.
+Time      one and a half minutes on one CPU core; --quick under half of one.
 Came out  as published. zero_last moves the last convolution at once and the rest a step later,
           zero_gamma the last norm, skipinit and rezero their gain; fixup, whose head is zero too,
           takes one step more. By step 2 every start is awake but zero_branch, of which no weight

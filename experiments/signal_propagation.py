@@ -4,7 +4,7 @@ Question  He 2015 (arXiv 1502.01852) keeps the variance of activations in plain 
           2020 (2002.10444): in residual nets it doubles a block without norm, and batch norm
           shrinks branch over trunk as 1/sqrt(depth). What do smaller starts of the branch change?
 Command   python -m experiments.signal_propagation [--quick] [--seeds 3]
-Time      one and a half minutes on one CPU core; --quick half a minute.
+Time      one and a half minutes on one CPU core; --quick a quarter of one.
 Came out  over 50 equal blocks as published, but for the plain nets. Without norm the variance grows
           by 1.9 (v1) and 1.6 (v2) a block, to 7e13 and 6e10 times the stem's; with batch norm it
           grows slowly and the ratio falls as depth to the -0.53. scaled(0.5) keeps all three flat;

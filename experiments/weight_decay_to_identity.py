@@ -4,7 +4,7 @@ Question  the argument for residual learning (He 2015, arXiv 1512.03385, §3.1):
           a residual block the identity, so decay leads to the shallow skeleton; a plain net is led
           to a constant. Is that so with batch norm, which does not see the scale of kernels?
 Command   python -m experiments.weight_decay_to_identity [--quick]
-Time      one and a half minutes on one CPU core; --quick a quarter.
+Time      one and a half minutes on one CPU core; --quick a quarter of one.
 Came out  yes without norm (nets that had learnt little, 29 and 33 %): a decay of 3 in all brings
           the residual net to 1e-3 of its distance from the skeleton, the plain one to its constant.
           With batch norm only if norms decay too (2 and 3 %); if kernels alone do, nothing happens
