@@ -8,9 +8,9 @@ Time      six minutes on one CPU core; --quick a quarter of one.
 Came out  with batch norm as published: at 50 layers the plain net reaches 25 % at its best rate,
           from dirac 59; the residual net 60, and only at the smallest rate, from zero_gamma 78 and
           from rezero 95 at a rate of 0.3. Without norm it does NOT come out in these 80 steps of
-          narrow nets: the default stays at chance at 50 layers, and small starts (11 to 25 %) do not
-          reach even their skeleton, which is what zero_branch trains (41 % at any depth). A trial
-          of some with AdamW was no better: they need more steps than this map can afford.
+          narrow nets: the default stays at chance at 50 layers, and small starts (11 to 25 %) do
+          not reach even their skeleton, which is what zero_branch trains (41 % at any depth). A
+          trial of some with AdamW was no better: they need more steps than this map can afford.
 """
 
 import itertools
