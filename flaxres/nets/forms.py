@@ -65,13 +65,13 @@ def forward_lax(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Arra
 def input_lax(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """XLA's own gradient of the input."""
     channels = kernel.shape[2] * geometry.groups
-    x = jax.ShapeDtypeStruct((dy.shape[0], *geometry.size, channels), dy.dtype)
+    x = _example((dy.shape[0], *geometry.size, channels), dy, kernel)
     return jax.linear_transpose(lambda x: forward_lax(x, kernel, geometry), x)(dy)[0]
 
 
 def weight_lax(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
     """XLA's own gradient of the kernel."""
-    kernel = jax.ShapeDtypeStruct(_kernel_shape(x, dy, geometry), x.dtype)
+    kernel = _example(_kernel_shape(x, dy, geometry), x, dy)
     return jax.linear_transpose(lambda k: forward_lax(x, k, geometry), kernel)(dy)[0]
 
 
@@ -166,7 +166,7 @@ def forward_s2d(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Arra
 
 def weight_s2d(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
     """The transpose of `forward_s2d` in the kernel."""
-    kernel = jax.ShapeDtypeStruct(_kernel_shape(x, dy, geometry), x.dtype)
+    kernel = _example(_kernel_shape(x, dy, geometry), x, dy)
     return jax.linear_transpose(lambda k: forward_s2d(x, k, geometry), kernel)(dy)[0]
 
 
@@ -234,6 +234,16 @@ def _sum(terms: Iterable[jax.Array], dtype: jnp.dtype) -> jax.Array:
     return functools.reduce(jnp.add, terms).astype(dtype)
 
 
+def _example(shape: tuple[int, ...], *operands: jax.Array) -> jax.Array:
+    """What a form is transposed in: zeros that vary over the mesh axes that the operands vary over.
+
+    Without the axes shard_map would take one kernel for all devices, and sum its gradient.
+    """
+    axes = frozenset[str]().union(*(jax.typeof(o).manual_axis_type.varying for o in operands))
+    zeros = jnp.zeros(shape, operands[0].dtype)
+    return lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros
+
+
 def _kernel_shape(x: jax.Array, dy: jax.Array, geometry: Geometry) -> tuple[int, ...]:
     return (*geometry.kernel, x.shape[-1] // geometry.groups, dy.shape[-1])
 
@@ -290,6 +300,6 @@ def _scatter(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     rows, columns, channels, features = kernel.shape
     flat = kernel.reshape(-1, features).T
     taken = _dot(dy, flat).reshape(*dy.shape[:3], rows * columns, channels)
-    x = jax.ShapeDtypeStruct((dy.shape[0], *geometry.size, channels), dy.dtype)
+    x = _example((dy.shape[0], *geometry.size, channels), dy, kernel)
     parts = [taken[..., entry, :] for entry in range(rows * columns)]
     return jax.linear_transpose(lambda x: _patches(x, geometry), x)(parts)[0]

@@ -62,6 +62,16 @@ def test_zero_branches_are_exactly_the_identity():
     assert probes.identity(model, variables, IMAGES)["net"] > 0
 
 
+def test_an_example_without_any_activation_counts_as_unchanged():
+    model, variables = small(norm="none")
+    images = IMAGES.at[0].set(0)
+    report = probes.identity(model, variables, images)
+    rest = probes.identity(model, variables, images[1:])
+    count = len(images)
+    for name in ("distance", "branch", "ratio", "net"):
+        np.testing.assert_allclose(report[name] * count, rest[name] * (count - 1), rtol=1e-5)
+
+
 def test_plain_net_has_no_shortcut_to_compare_with():
     model, variables = small("plain14_cifar")
     report = probes.identity(model, variables, IMAGES)

@@ -170,7 +170,7 @@ def test_scan_and_remat(form):
     assert_same([ours], [theirs])
 
 
-@pytest.mark.parametrize("form", ["auto", pytest.param("onednn", marks=needs_onednn)])
+@pytest.mark.parametrize("form", ALL_FORMS)
 def test_pmap_and_shard_map_with_its_checks(form):
     x = jnp.stack([X + i for i in range(8)])
     run = functools.partial(conv, form=form)

@@ -31,24 +31,29 @@ def identity(
     for block in blocks:
         size = common.norms(block.received)
         branch = common.norms(block.branch)
-        of_input.append(jnp.mean(branch / size))
-        of_shortcut.append(jnp.mean(branch / common.norms(block.shortcut)))
+        of_input.append(_ratio(branch, size))
+        of_shortcut.append(_ratio(branch, common.norms(block.shortcut)))
         if block.given.shape == block.received.shape:
             change = common.norms(block.given - block.received)
-            distances.append(jnp.mean(change / size))
+            distances.append(_ratio(change, size))
         else:
             distances.append(jnp.float32(jnp.nan))
     net = jnp.float32(jnp.nan)
     if model.residual:
         zeroed = branches.zero(headless, trunk)
         skeleton, _ = common.apply(headless, zeroed, images, train, mutable=["batch_stats"])
-        net = jnp.mean(common.norms(pooled - skeleton) / common.norms(skeleton))
+        net = _ratio(common.norms(pooled - skeleton), common.norms(skeleton))
     return {
         "distance": jnp.stack(distances),
         "branch": jnp.stack(of_input),
         "ratio": jnp.stack(of_shortcut),
         "net": net,
     }
+
+
+def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
+    """Mean over examples of part / whole; nothing of nothing, at a dead example, is 0."""
+    return jnp.mean(jnp.where(part == 0, 0.0, part / whole))
 
 
 def activations(
