@@ -1,6 +1,7 @@
 """Examples of a TFDS source, decoded and brought to one size, in threads or worker processes."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -21,6 +22,7 @@ Places = Callable[[int], tuple[np.ndarray, np.ndarray]]
 MAX_CORRUPT = 100
 _IN_MEMORY_BYTES = 1 << 30
 _THREADS = 8
+_LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM)
 _log = logging.getLogger(__name__)
 
 
@@ -200,10 +202,15 @@ class Stream(Iterator[Batch]):
                 grain.MultiprocessingOptions(num_workers=parts, per_worker_buffer_size=1),
                 worker_init_fn=functools.partial(_begin_worker, os.getpid()),
             )
-        self._iterator = iter(dataset)
+        with _signals_held():
+            self._iterator = iter(dataset)
+        self._started = False
 
     def __next__(self) -> Batch:
-        made = [next(self._iterator) for _ in range(self._parts)]
+        # The first call starts the workers.
+        with contextlib.nullcontext() if self._started else _signals_held():
+            made = [next(self._iterator) for _ in range(self._parts)]
+        self._started = True
         if len(made) == 1:
             return made[0]
         return {name: np.concatenate([part[name] for part in made]) for name in made[0]}
@@ -221,14 +228,28 @@ def _parse_flags() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes started meanwhile keep signals waiting, until `_begin_worker` ignores them.
+
+    Otherwise Ctrl-C would end a worker that is still importing its modules.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_PARENT)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker(parent: int, index: int, count: int) -> None:
     """What a worker does first: leave signals to its parent, and end when that is gone.
 
     Ctrl-C and many schedulers signal every process of a job, and the run ends in good order.
     """
     del index, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _LEFT_TO_PARENT:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_PARENT)
     os.environ["JAX_PLATFORMS"] = "cpu"  # the accelerator is the parent's
     _parse_flags()
 
