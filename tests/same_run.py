@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=pathlib.Path)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=0.05, help="after so many steps of warm-up")
+    parser.add_argument("--lr", type=float, default=0.02, help="after so many steps of warm-up")
     parser.add_argument("--residual-init", default="zero_gamma")
     parser.add_argument("--forms", nargs="+", choices=list(FORMS)[1:], default=list(FORMS)[1:])
     parser.add_argument("--tolerance", type=float, default=1e-4)

@@ -16,6 +16,8 @@ class Evaluate:
     """Work directory of the run."""
     checkpoint: str | None = None
     """Step of the checkpoint, or best (of the highest accuracy); default the newest."""
+    data_dir: str | None = None
+    """TFDS directory; default the one that the run had."""
     json: bool = False
     """End with one JSON object on standard output."""
 
@@ -25,7 +27,9 @@ def run(argv: list[str]) -> int:
     command = options.parse(Evaluate, argv, "eval")
     from flaxres.train import loop
 
-    result = loop.evaluate(command.workdir, options.checkpoint(command.checkpoint))
+    result = loop.evaluate(
+        command.workdir, options.checkpoint(command.checkpoint), command.data_dir
+    )
     options.say(
         f"step {result.step}: test accuracy {result.accuracy:.2%}, loss {result.loss:.4f} over "
         f"{result.examples} examples",

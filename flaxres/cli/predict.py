@@ -20,6 +20,8 @@ class Predict:
     """Work directory of the run."""
     checkpoint: str | None = None
     """Step of the checkpoint, or best (of the highest accuracy); default the newest."""
+    data_dir: str | None = None
+    """TFDS directory; default the one that the run had."""
     top: int = 3
     """Classes to name for each image."""
     json: bool = False
@@ -41,7 +43,7 @@ def run(argv: list[str]) -> int:
     from flaxres.train import loop
 
     model, variables, config, info = loop.load(
-        command.workdir, options.checkpoint(command.checkpoint)
+        command.workdir, options.checkpoint(command.checkpoint), command.data_dir
     )
     pixels = [images.read(path, info, config.image_size) for path in command.images]
     batch = augment.normalize(jnp.asarray(np.stack(pixels)), info.mean, info.std)

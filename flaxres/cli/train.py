@@ -107,8 +107,10 @@ def finish(result: Any, json_output: bool) -> None:
         ("report", work.report),
         ("metrics", work.metrics_file),
         ("checkpoints", work.checkpoints),
+        ("log", work.log),
+        ("trace", work.trace),
     ):
-        if path.exists():  # there are no curves before the first step
+        if path.exists():  # there are no curves before the first step, and few runs have a trace
             options.say(f"  {name:12} {path}", json_output)
     options.say(f"  again        flaxres eval --workdir {result.workdir}", json_output)
     if json_output:

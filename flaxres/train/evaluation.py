@@ -73,14 +73,19 @@ def run_evaluation(
     }
 
 
-def evaluate(workdir: str, checkpoint: Checkpoint = None) -> Result:
+def evaluate(workdir: str, checkpoint: Checkpoint = None, data_dir: str | None = None) -> Result:
     """Evaluate the newest checkpoint of a run, that of a step, or the best, on the held-out split.
+
+    Args:
+      workdir: of the run.
+      checkpoint: a step, "best" (of the highest accuracy), or None for the newest.
+      data_dir: where the data set lies now, if elsewhere than the run had it.
 
     Raises:
       ValueError: not a work directory, or no such checkpoint.
     """
     enable_compilation_cache()
-    config, info, restored = _open(workdir, checkpoint)
+    config, info, restored = _open(workdir, checkpoint, data_dir)
     config = dataclasses.replace(config, driver="auto", devices=None, fsdp=False)
     if config.batch_norm != "sync" or (config.eval_batch_size or config.batch_size) % len(
         choose_devices(config)
@@ -102,29 +107,34 @@ def evaluate(workdir: str, checkpoint: Checkpoint = None) -> Result:
 
 
 def load(
-    workdir: str, checkpoint: Checkpoint = None
+    workdir: str, checkpoint: Checkpoint = None, data_dir: str | None = None
 ) -> tuple[ResNet, dict[str, Any], TrainConfig, DataInfo]:
     """(model, variables, config, info) of a run, in the per-block layout, for looking into.
 
     Args:
       workdir: of the run.
       checkpoint: a step, "best" (of the highest accuracy), or None for the newest.
+      data_dir: where the data set lies now, if elsewhere than the run had it.
 
     Raises:
       ValueError: not a work directory, or no such checkpoint.
     """
     from flaxres.identity import layout
 
-    config, info, restored = _open(workdir, checkpoint)
+    config, info, restored = _open(workdir, checkpoint, data_dir)
     model = restored.state.task.model
     return (*layout.unstack(model, restored.state.variables), config, info)
 
 
-def _open(workdir: str, checkpoint: Checkpoint) -> tuple[TrainConfig, DataInfo, Restored]:
+def _open(
+    workdir: str, checkpoint: Checkpoint, data_dir: str | None
+) -> tuple[TrainConfig, DataInfo, Restored]:
     work = Workdir.existing(workdir)
     config = dataclasses.replace(
         work.config(), workdir=str(workdir), coordinator=None, num_processes=None, process_id=None
     )
+    if data_dir is not None:
+        config = dataclasses.replace(config, data_dir=data_dir)
     if not steps_on_disk(work.checkpoints):
         raise ValueError(f"the run in {str(workdir)!r} has no checkpoint yet")
     info = sources.describe(config.data, config.data_dir)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,15 +32,9 @@ from flaxres.train.profile import Meter, Stopwatch, Tracer, seconds_since_start
 from flaxres.train.results import Listener, NonFiniteError, Result
 from flaxres.train.state import TrainState, create_state, input_shape, params_sha256
 from flaxres.train.watch import Watch
-from flaxres.train.workdir import Workdir
+from flaxres.train.workdir import Workdir, default_workdir
 
 _MIN_EVAL_EVERY = 100
-
-
-def default_workdir(config: TrainConfig) -> str:
-    """runs/MODEL-DATA of the current folder, with the seed where it is not 0."""
-    suffix = f"-seed{config.seed}" if config.seed else ""
-    return str(pathlib.Path("runs") / f"{config.model}-{config.data}{suffix}")
 
 
 def train(config: TrainConfig, *, listener: Listener | None = None) -> Result:

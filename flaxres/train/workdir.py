@@ -129,6 +129,12 @@ class Workdir:
                 file.unlink(missing_ok=True)
 
 
+def default_workdir(config: TrainConfig) -> str:
+    """runs/MODEL-DATA of the current folder, with the seed where it is not 0."""
+    suffix = f"-seed{config.seed}" if config.seed else ""
+    return str(pathlib.Path("runs") / f"{config.model}-{config.data}{suffix}")
+
+
 def _is_ours(file: pathlib.Path) -> bool:
     """Whether it is what a run that was killed in its first moments leaves."""
     return file.name == ".lock" or (file.name.startswith(".") and _SCRATCH in file.name)

@@ -225,6 +225,13 @@ def test_checkpoint_that_is_not_there_is_named(run, capsys):
     assert code == 2 and "no checkpoint of step 5" in err and "there are: 6" in err
 
 
+def test_a_data_set_may_have_moved(run, picture, tmp_path, capsys):
+    moved = ["--data-dir", tmp_path / "moved"]
+    assert call(capsys, "eval", "--workdir", run, *moved)[0] == 0
+    assert call(capsys, "predict", "--workdir", run, *moved, picture)[0] == 0
+    assert (tmp_path / "moved" / "digits").is_dir()
+
+
 def test_the_best_checkpoint_is_evaluated_by_that_name(run, capsys):
     code, out, _ = call(capsys, "eval", "--workdir", run, "--checkpoint", "best", "--json")
     assert code == 0 and json.loads(out.splitlines()[-1])["step"] == 6

@@ -186,16 +186,19 @@ def test_processes_with_other_settings_are_refused_on_all(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_signal_to_one_stops_all_at_one_step(tmp_path, number, code):
+def test_signal_to_one_stops_all_at_one_step(tmp_path, number, code, count):
     run = config(tmp_path / "run", **LONG)
-    with group(tmp_path, 2, run) as processes:
+    with group(tmp_path, count, run) as processes:
         processes.wait_for("step 2\n")
         processes.processes[1].send_signal(number)
-        assert processes.codes(seconds=60) == [code, code], processes.output(0)
-        first, second = processes.results()
-    assert first["stopped_by"] == second["stopped_by"] == number.name
-    assert first["step"] == second["step"] and first["params_sha256"] == second["params_sha256"]
+        assert processes.codes(seconds=60) == [code] * count, processes.output(0)
+        first, *others = processes.results()
+    for other in others:
+        for key in ("stopped_by", "step", "params_sha256"):
+            assert first[key] == other[key]
+    assert first["stopped_by"] == number.name
     assert train_steps(tmp_path / "run") == list(range(1, first["step"] + 1))
     assert (tmp_path / "run" / "checkpoints" / str(first["step"])).is_dir()
 
