@@ -157,16 +157,6 @@ def _run(which: str, platform: str, a: jax.Array, b: jax.Array, *, geometry: Geo
     return run(a, b, geometry)
 
 
-def _shape(which: str, a: Any, b: Any, geometry: Geometry) -> tuple[int, ...]:
-    lead = a.shape[:1] if geometry.mapped else ()
-    batch = a.shape[len(lead)]
-    if which == "forward":
-        return (*lead, batch, *geometry.out, b.shape[-1])
-    if which == "input":
-        return (*lead, batch, *geometry.size, b.shape[-2] * geometry.groups)
-    return (*lead, *geometry.kernel, a.shape[-1] // geometry.groups, b.shape[-1])
-
-
 def _batched(which: str, primitive: Primitive, operands: Any, axes: Any, geometry: Geometry) -> Any:
     """The rule of vmap: a shared kernel takes the mapped axis into the batch."""
     a, b = operands
@@ -191,7 +181,7 @@ def _primitive(which: str, name: str) -> Primitive:
 
     def shaped(a: Any, b: Any, *, geometry: Geometry) -> Any:
         # `update` keeps what else an abstract array knows, such as the axes it varies over.
-        return a.update(shape=_shape(which, a, b, geometry), weak_type=False)
+        return a.update(shape=geometry.result(which, a, b), weak_type=False)
 
     def batched(operands: Any, axes: Any, *, geometry: Geometry) -> Any:
         return _batched(which, primitive, operands, axes, geometry)
@@ -200,7 +190,7 @@ def _primitive(which: str, name: str) -> Primitive:
         return mlir.lower_fun(partial(_run, which, platform), multiple_results=False)
 
     primitive.def_abstract_eval(shaped)
-    primitive.def_impl(partial(jax.jit(primitive.bind, static_argnames="geometry")))
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames="geometry"))
     batching.primitive_batchers[primitive] = batched
     mlir.register_lowering(primitive, run("other"))
     for platform in ("cpu", "tpu"):

@@ -11,6 +11,7 @@ shape and the pass, see `choose`.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,16 @@ class Geometry:
         height, width = ((n + sum(p) - k) // s + 1 for n, k, s, p in sizes)
         return height, width
 
+    def result(self, which: str, a: Any, b: Any) -> tuple[int, ...]:
+        """Shape of what a pass gives for operands (arrays, or anything with a shape)."""
+        lead = a.shape[:1] if self.mapped else ()
+        batch = a.shape[len(lead)]
+        if which == "forward":
+            return (*lead, batch, *self.out, b.shape[-1])
+        if which == "input":
+            return (*lead, batch, *self.size, b.shape[-2] * self.groups)
+        return (*lead, *self.kernel, a.shape[-1] // self.groups, b.shape[-1])
+
     @property
     def pointwise(self) -> bool:
         """Whether it is one product of matrices as it stands, stride aside."""
@@ -64,14 +75,13 @@ def forward_lax(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Arra
 
 def input_lax(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """XLA's own gradient of the input."""
-    channels = kernel.shape[2] * geometry.groups
-    x = _example((dy.shape[0], *geometry.size, channels), dy, kernel)
+    x = _example("input", dy, kernel, geometry)
     return jax.linear_transpose(lambda x: forward_lax(x, kernel, geometry), x)(dy)[0]
 
 
 def weight_lax(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
     """XLA's own gradient of the kernel."""
-    kernel = _example(_kernel_shape(x, dy, geometry), x, dy)
+    kernel = _example("weight", x, dy, geometry)
     return jax.linear_transpose(lambda k: forward_lax(x, k, geometry), kernel)(dy)[0]
 
 
@@ -99,12 +109,12 @@ def forward_shifts(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.A
     return _sum((_dot_float32(patch, k) for patch, k in products), x.dtype)
 
 
-def _flipped(forward: Callable[..., jax.Array], scattered: bool) -> Callable[..., jax.Array]:
+def _flipped(forward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """The gradient of the input by products: for stride 1 a forward pass with a turned kernel."""
 
     def run(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-        if scattered or geometry.strides != (1, 1) or geometry.pointwise:
-            return _scatter(dy, kernel, geometry)
+        if geometry.strides != (1, 1) or geometry.pointwise:
+            return input_shifts(dy, kernel, geometry)
         turned = kernel[::-1, ::-1].swapaxes(2, 3)
         top, left = (
             (k - 1 - low, k - 1 - high)
@@ -117,28 +127,37 @@ def _flipped(forward: Callable[..., jax.Array], scattered: bool) -> Callable[...
     return run
 
 
-input_turned = _flipped(forward_lax, scattered=False)
-input_im2col = _flipped(forward_im2col, scattered=False)
-input_rows = _flipped(forward_rows, scattered=False)
-input_shifts = _flipped(forward_shifts, scattered=True)
+input_turned = _flipped(forward_lax)
+input_im2col = _flipped(forward_im2col)
+input_rows = _flipped(forward_rows)
+
+
+def input_shifts(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """The gradient of all patches in one product, each added where it was taken."""
+    rows, columns, channels, features = kernel.shape
+    flat = kernel.reshape(-1, features).T
+    taken = _dot(dy, flat).reshape(*dy.shape[:3], rows * columns, channels)
+    x = _example("input", dy, kernel, geometry)
+    parts = [taken[..., entry, :] for entry in range(rows * columns)]
+    return jax.linear_transpose(lambda x: _patches(x, geometry), x)(parts)[0]
 
 
 def weight_im2col(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
     """One product of all patches, transposed, and dy."""
     patches = _side_by_side(_patches(x, geometry))
-    return _transposed_dot(patches, dy).reshape(_kernel_shape(x, dy, geometry))
+    return _transposed_dot(patches, dy).reshape(geometry.result("weight", x, dy))
 
 
 def weight_rows(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
     """A product for each row of the kernel."""
     rows = [_transposed_dot(row, dy) for row in _row_patches(x, geometry)]
-    return jnp.stack(rows).reshape(_kernel_shape(x, dy, geometry))
+    return jnp.stack(rows).reshape(geometry.result("weight", x, dy))
 
 
 def weight_shifts(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
     """A product for each entry of the kernel."""
     entries = [_transposed_dot(patch, dy) for patch in _patches(x, geometry)]
-    return jnp.stack(entries).reshape(_kernel_shape(x, dy, geometry))
+    return jnp.stack(entries).reshape(geometry.result("weight", x, dy))
 
 
 def forward_s2d(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -166,7 +185,7 @@ def forward_s2d(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Arra
 
 def weight_s2d(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
     """The transpose of `forward_s2d` in the kernel."""
-    kernel = _example(_kernel_shape(x, dy, geometry), x, dy)
+    kernel = _example("weight", x, dy, geometry)
     return jax.linear_transpose(lambda k: forward_s2d(x, k, geometry), kernel)(dy)[0]
 
 
@@ -234,18 +253,14 @@ def _sum(terms: Iterable[jax.Array], dtype: jnp.dtype) -> jax.Array:
     return functools.reduce(jnp.add, terms).astype(dtype)
 
 
-def _example(shape: tuple[int, ...], *operands: jax.Array) -> jax.Array:
+def _example(which: str, a: jax.Array, b: jax.Array, geometry: Geometry) -> jax.Array:
     """What a form is transposed in: zeros that vary over the mesh axes that the operands vary over.
 
     Without the axes shard_map would take one kernel for all devices, and sum its gradient.
     """
-    axes = frozenset[str]().union(*(jax.typeof(o).manual_axis_type.varying for o in operands))
-    zeros = jnp.zeros(shape, operands[0].dtype)
+    axes = jax.typeof(a).manual_axis_type.varying | jax.typeof(b).manual_axis_type.varying
+    zeros = jnp.zeros(geometry.result(which, a, b), a.dtype)
     return lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros
-
-
-def _kernel_shape(x: jax.Array, dy: jax.Array, geometry: Geometry) -> tuple[int, ...]:
-    return (*geometry.kernel, x.shape[-1] // geometry.groups, dy.shape[-1])
 
 
 def _pad_config(pads: Pads) -> tuple[tuple[int, int, int], ...]:
@@ -293,13 +308,3 @@ def _row_patches(x: jax.Array, geometry: Geometry) -> list[jax.Array]:
 
 def _side_by_side(patches: list[jax.Array]) -> jax.Array:
     return patches[0] if len(patches) == 1 else jnp.concatenate(patches, axis=-1)
-
-
-def _scatter(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    """The gradient of all patches in one product, each added where it was taken."""
-    rows, columns, channels, features = kernel.shape
-    flat = kernel.reshape(-1, features).T
-    taken = _dot(dy, flat).reshape(*dy.shape[:3], rows * columns, channels)
-    x = _example((dy.shape[0], *geometry.size, channels), dy, kernel)
-    parts = [taken[..., entry, :] for entry in range(rows * columns)]
-    return jax.linear_transpose(lambda x: _patches(x, geometry), x)(parts)[0]

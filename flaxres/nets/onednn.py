@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxres.cache import cache_dir
+from flaxres.nets.forms import Geometry
 
 _log = logging.getLogger("flaxres.onednn")
 _PASSES = {"forward": 0, "input": 1, "weight": 2}
@@ -69,17 +70,10 @@ def takes(*operands: Any) -> bool:
     return all(operand.dtype == jnp.float32 for operand in operands) and available()
 
 
-def convolve(which: str, a: jax.Array, b: jax.Array, geometry: Any) -> jax.Array:
+def convolve(which: str, a: jax.Array, b: jax.Array, geometry: Geometry) -> jax.Array:
     """A pass ("forward", "input", "weight") of a convolution, see `flaxres.nets.forms`."""
-    if which == "forward":
-        shape = (a.shape[0], *geometry.out, b.shape[-1])
-    elif which == "input":
-        shape = (a.shape[0], *geometry.size, b.shape[-2] * geometry.groups)
-    else:
-        shape = (*geometry.kernel, a.shape[-1] // geometry.groups, b.shape[-1])
-    call = jax.ffi.ffi_call(
-        "flaxres_onednn_conv", jax.ShapeDtypeStruct(shape, a.dtype), vmap_method="sequential"
-    )
+    result = jax.ShapeDtypeStruct(geometry.result(which, a, b), a.dtype)
+    call = jax.ffi.ffi_call("flaxres_onednn_conv", result, vmap_method="sequential")
     return call(
         a,
         b,
@@ -144,9 +138,10 @@ def _prefix() -> pathlib.Path:
         except importlib.metadata.PackageNotFoundError:
             raise RuntimeError(f"{name} is not installed: pip install 'flaxres[onednn]'") from None
     files = importlib.metadata.distribution("onednn-devel-cpu-gomp").files or []
-    header = next(file for file in files if file.name == "dnnl.hpp")
-    prefix = pathlib.Path(str(header.locate())).resolve().parent.parent
-    return prefix if prefix.name != "include" else prefix.parent
+    for file in files:
+        if file.parts[-2:] == ("include", "dnnl.hpp"):
+            return pathlib.Path(str(file.locate())).resolve().parent.parent
+    raise RuntimeError("onednn-devel-cpu-gomp holds no include/dnnl.hpp: install it anew")
 
 
 def _machine() -> bytes:

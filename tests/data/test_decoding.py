@@ -192,8 +192,8 @@ if __name__ == "__main__":
         info, batch_size=8, seed=0, data_dir=sys.argv[1], image_size=32, workers=2
     )
     next(source)
-    print("reading", flush=True)
     try:
+        print("reading", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         next(source)
