@@ -7,6 +7,7 @@ A process of its own, since TFDS knows the builder's name already where its data
 
 import io
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,14 @@ def jpeg(seed: int) -> bytes:
     return file.getvalue()
 
 
-def builder(folder: str, count: int) -> Any:
-    """Writes `count` training and a few validation pictures in the form of imagenet2012."""
+def examples(numbers: range) -> Iterator[tuple[bytes, int]]:
+    """(file, label) of each number."""
+    for number in numbers:
+        yield jpeg(number), number % 1000
+
+
+def builder(folder: str, splits: Mapping[str, Iterable[tuple[bytes, int]]]) -> Any:
+    """Writes (JPEG file, label) of each split in the form of imagenet2012."""
 
     class Imagenet2012(tfds.core.GeneratorBasedBuilder):
         """Has the features, the name and the version of TFDS's own builder, which reads them."""
@@ -57,25 +64,23 @@ def builder(folder: str, count: int) -> Any:
                 builder=self,
                 features=features,
                 supervised_keys=("image", "label"),
-                description="Noise.",
+                description="Drawn pictures.",
                 disable_shuffling=True,
             )
 
         def _split_generators(self, dl_manager: Any) -> Any:
-            return {
-                "train": self._generate_examples(0, count),
-                "validation": self._generate_examples(count, 4),
-            }
+            return {split: self._generate_examples(split) for split in splits}
 
-        def _generate_examples(self, first: int, count: int) -> Any:
-            for number in range(first, first + count):
-                name = f"{number}.JPEG"
-                example = {"image": jpeg(number), "label": number % 1000, "file_name": name}
-                yield number, example
+        def _generate_examples(self, split: str) -> Any:
+            for number, (file, label) in enumerate(splits[split]):
+                name = f"{split}_{number}.JPEG"
+                yield number, {"image": file, "label": label, "file_name": name}
 
     return Imagenet2012(data_dir=folder, file_format="array_record")
 
 
 if __name__ == "__main__":
     tfds.disable_progress_bar()
-    builder(sys.argv[1], int(sys.argv[2])).download_and_prepare()
+    count = int(sys.argv[2])
+    splits = {"train": examples(range(count)), "validation": examples(range(count, count + 4))}
+    builder(sys.argv[1], splits).download_and_prepare()

@@ -2,17 +2,19 @@
 
 The pictures are drawn: a class is a hue and a direction of stripes.
 
-    python tests/data/photographs.py FOLDER [--torn]
+    PYTHONPATH=. python tests/data/photographs.py FOLDER [--torn]
 """
 
 import colorsys
 import io
+import os
+import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
-import tensorflow_datasets as tfds
 
 SPLITS = {"train": 40, "validation": 12}
 CLASSES = 4
@@ -41,57 +43,26 @@ def jpeg(seed: int, label: int) -> bytes:
     return file.getvalue()
 
 
-def builder(folder: str, torn: dict[int, bytes]) -> tfds.core.DatasetBuilder:
-    """Writes them to the folder. To be called once: TFDS allows a name only once a process."""
-
-    class Imagenet2012(tfds.core.GeneratorBasedBuilder):
-        """Features, splits, name and version of TFDS's own builder, which reads these files."""
-
-        VERSION = tfds.core.Version("5.1.0")
-
-        def _info(self):
-            features = tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(encoding_format="jpeg"),
-                    "label": tfds.features.ClassLabel(num_classes=1000),
-                    "file_name": tfds.features.Text(),
-                }
-            )
-            return tfds.core.DatasetInfo(
-                builder=self,
-                features=features,
-                supervised_keys=("image", "label"),
-                description="Stripes.",
-                disable_shuffling=True,
-            )
-
-        def _split_generators(self, dl_manager):
-            return {split: self._generate_examples(split) for split in SPLITS}
-
-        def _generate_examples(self, split):
-            first = 0 if split == "train" else 1000
-            for number in range(SPLITS[split]):
-                label = number % CLASSES
-                file = torn.get(number) if split == "train" else None
-                yield (
-                    number,
-                    {
-                        "image": jpeg(first + number, label) if file is None else file,
-                        "label": label,
-                        "file_name": f"{split}_{number}.JPEG",
-                    },
-                )
-
-    return Imagenet2012(data_dir=folder, file_format="array_record")
+def examples(split: str, torn: dict[int, bytes]) -> Iterator[tuple[bytes, int]]:
+    """(file, label) of each picture of a split; `torn` stands in for some of the training files."""
+    first = 0 if split == "train" else 1000
+    for number in range(SPLITS[split]):
+        label = number % CLASSES
+        file = torn.get(number) if split == "train" else None
+        yield jpeg(first + number, label) if file is None else file, label
 
 
 def write(folder: str, *options: str) -> str:
     """Prepare it in a process of its own, where TFDS's builder of the name is not known yet."""
-    subprocess.run([sys.executable, __file__, folder, *options], check=True, capture_output=True)
+    env = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    command = [sys.executable, __file__, folder, *options]
+    subprocess.run(command, check=True, capture_output=True, env=env)
     return folder
 
 
 if __name__ == "__main__":
-    tfds.disable_progress_bar()
-    builder(sys.argv[1], TORN if "--torn" in sys.argv else {}).download_and_prepare()
+    from experiments.benchmark.photographs import builder
+
+    torn = TORN if "--torn" in sys.argv else {}
+    builder(sys.argv[1], {s: examples(s, torn) for s in SPLITS}).download_and_prepare()
     assert "tensorflow" not in sys.modules
