@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from flaxres.identity import layout
-from flaxres.nets import initialize
+from flaxres.nets import drawing, initialize
 from flaxres.nets.blocks import BLOCKS
 from flaxres.nets.resnet import ResNet
 from flaxres.nets.summary import count_params
@@ -319,7 +319,7 @@ def _zeroed_fresh(deeper: ResNet, variables: Any, seed: int) -> Any:
     stem = variables["params"]["stem"]
     kernel = stem["conv" if "conv" in stem else "conv1"]["kernel"]
     side = deeper.total_stride
-    fresh = initialize.init_variables(deeper, seed, (1, side, side, kernel.shape[-2]))
+    fresh = drawing.init_variables(deeper, seed, (1, side, side, kernel.shape[-2]))
     gain = initialize.resolve(deeper.residual_init)
     part = "scale" if gain.gain != "none" and not gain.scalar_biases else "last"
     return zero(deeper, fresh, "*", part)

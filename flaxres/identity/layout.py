@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxres.nets.resnet import ResNet, block_runs
+from flaxres.nets.resnet import STACKED_RUN, ResNet, block_runs, run_name
 
 _STAGE = re.compile(r"stage(\d+)")
-_RUN = re.compile(r"blocks(\d+)to(\d+)")
 
 
 def stack(model: ResNet, variables: Any) -> tuple[ResNet, Any]:
@@ -40,7 +39,7 @@ def is_stacked(tree: Any) -> bool:
     found: list[str] = []
 
     def look(name: str, stage: dict[str, Any]) -> dict[str, Any]:
-        found.extend(key for key in stage if _RUN.fullmatch(key))
+        found.extend(key for key in stage if STACKED_RUN.fullmatch(key))
         return stage
 
     on_stages(tree, look)
@@ -64,11 +63,9 @@ def stack_tree(tree: Any, model: ResNet) -> Any:
                 raise ValueError(f"{name} has no {missing[0]}, which the model has")
             if missing:  # such as batch statistics of a net without norms
                 continue
-            if first == last:
-                stacked[names[0]] = stage[names[0]]
-            else:
-                blocks = [stage[block] for block in names]
-                stacked[f"blocks{first}to{last}"] = jax.tree.map(_stack, *blocks)
+            blocks = [stage[block] for block in names]
+            whole = blocks[0] if first == last else jax.tree.map(_stack, *blocks)
+            stacked[run_name(first, last)] = whole
         return stacked
 
     return on_stages(tree, convert)
@@ -80,7 +77,7 @@ def unstack_tree(tree: Any) -> Any:
     def convert(name: str, stage: dict[str, Any]) -> dict[str, Any]:
         blocks = {}
         for key, subtree in stage.items():
-            if match := _RUN.fullmatch(key):
+            if match := STACKED_RUN.fullmatch(key):
                 first, last = map(int, match.groups())
                 for block in range(first, last + 1):
                     take = block - first

@@ -21,7 +21,7 @@ from jax.interpreters import ad, batching, mlir
 from flaxres.nets import forms, initialize, onednn
 from flaxres.nets.forms import Geometry
 
-FORMS = ("auto", "lax", "im2col", "rows", "shifts", "s2d", "onednn")
+FORMS = ("auto", "lax", "turned", "im2col", "rows", "shifts", "s2d", "onednn")
 Padding = str | int | Sequence[int | tuple[int, int]]
 
 
@@ -53,14 +53,12 @@ def conv(
     padding: Padding = "SYMMETRIC",
     groups: int = 1,
     form: str = "auto",
-    in_loop: bool = False,
 ) -> jax.Array:
     """Two-dimensional cross-correlation, `lax.conv_general_dilated` in NHWC and HWIO.
 
     x: `[batch, height, width, channels]`; kernel: `[k_h, k_w, channels/groups, features]`; both of
     one dtype, which the result has. `form` forces one form for all passes (see `FORMS`), "auto"
-    takes the fastest; `in_loop` tells that the call stands in a scan. "onednn" falls back to
-    "auto" where oneDNN is not to be had.
+    takes the fastest. "onednn" falls back to "auto" where oneDNN is not to be had.
     """
     if form not in FORMS:
         raise ValueError(f"unknown convolution form {form!r} (accepted: {', '.join(FORMS)})")
@@ -71,7 +69,7 @@ def conv(
         )
     size, window = (x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1])
     top, left = explicit_padding(padding, size, window, strides)
-    geometry = Geometry(size, window, strides, (top, left), groups, form, in_loop)
+    geometry = Geometry(size, window, strides, (top, left), groups, form)
     if min(geometry.out) < 1:
         raise ValueError(f"an input of {list(x.shape)} is too small for a kernel of {window}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -93,45 +91,36 @@ def choose(which: str, platform: str, geometry: Geometry, channels: int) -> str:
     """The fastest form of a pass ("forward", "input", "weight") on a platform.
 
     On GPU and TPU it is XLA's own convolution, but for few channels and a stride (the stem), which
-    TPUs take better as space to depth. On CPU measurements decide (two cores with AVX-512, ms, in
-    a loop for the last two columns; `python -m experiments.benchmark forms` takes them again):
+    TPUs take better as space to depth. On CPU measurements decide (two cores with AVX-512, ms;
+    `python -m experiments.benchmark forms` takes them again, for more shapes):
 
-      pass     shape              lax  turned  im2col  rows  shifts   lax  best
-      forward  16·56²·64 → 64      37       -      39    41      38
-      forward  16·14²·256 → 256    22       -      27    24      22    20  lax 20
-      forward  16·7²·512 → 512     24       -      20    21      23
-      input    16·56²·64 → 64      38      35      41    42      33
-      input    16·14²·256 → 256    20      20      25    24      22   116  turned 20
-      input    16·7²·512 → 512     28       -      25    24      19
-      weight   16·224²·3 → 64 7×7  76       -      66    90     202
-      weight   16·56²·64 → 64      41       -      63    56      59
-      weight   16·14²·256 → 256    23       -      27    26      26  3847  rows 26
-      weight   64·32²·16 → 16       5       -      13    14       8   381  shifts 8
+      pass     shape                  lax  turned  im2col  rows  shifts
+      forward  16·56²·64 → 64          39      39      45    42      41
+      forward  16·14²·256 → 256        22      22      26    27      24
+      forward  16·56²·256 → 64 1×1     24      26      10    11      11
+      input    16·56²·64 → 64          38      38      47    44      37
+      input    16·14²·256 → 256        21      21      26    28      21
+      input    16·56²·256 → 64 1×1     20      20      10     9      10
+      weight   16·224²·3 → 64 7×7/2    94      86      84   103     303
+      weight   16·56²·64 → 64          57      60      71    59      90
+      weight   16·14²·256 → 256        27      23      28    27      26
+      weight   16·56²·256 → 64 1×1     61      62      24    23      24
+      forward  16·28²·256, 32 groups   46      44      40    22      40
+      input    16·28²·256, 32 groups   46      50      41    23      46
+      weight   16·28²·256, 32 groups 8397      50      43    35      41
 
-    On another machine of that kind lax took 117 for the weights at 56² and 76 at 28² (rows 67 and
-    41), so rows are taken there. Small maps take the forms that compile soonest.
+    In a scan over blocks XLA's own gradients ("lax") take many times as long (input 14²: 116 ms,
+    weight 14²: 3847 ms), since they are not brought there into the form that its kernels know. A
+    gradient that is written as a convolution to begin with ("turned") is as fast as outside.
     """
     if platform != "cpu":
         few = channels <= 4 and geometry.strides[0] == geometry.strides[1] > 1
         return "s2d" if platform == "tpu" and few and geometry.groups == 1 else "lax"
-    size = max(geometry.out)
     if geometry.kernel == (1, 1) or geometry.mapped:
         return "im2col"  # products of matrices as they stand, or batched ones
-    if which == "forward":
-        return "im2col" if size <= 8 and channels >= 64 else "lax"
-    if which == "input":
-        if size <= 8 and channels >= 256:
-            return "shifts"
-        if not geometry.in_loop:
-            return "lax"
-        return "turned" if geometry.strides == (1, 1) else "shifts"
-    if size > 12 and channels >= 64:
+    if geometry.groups > 1:
         return "rows"
-    if channels <= 4 and max(geometry.kernel) > 3:
-        return "im2col"
-    if not geometry.in_loop:
-        return "lax"
-    return "im2col" if size <= 12 else "shifts"
+    return "lax" if which == "forward" else "turned"
 
 
 def _run(which: str, platform: str, a: jax.Array, b: jax.Array, *, geometry: Geometry) -> jax.Array:
@@ -235,8 +224,6 @@ class Conv(nn.Module):
     bias_init: Any = initialize.ZEROS
     form: str = "auto"
     """One form for all passes, see `conv`."""
-    in_loop: bool = False
-    """The module is scanned over."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -254,7 +241,7 @@ class Conv(nn.Module):
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         strides = _pair(self.strides)
-        y = conv(x, kernel, strides, self.padding, groups, self.form, self.in_loop)
+        y = conv(x, kernel, strides, self.padding, groups, self.form)
         return y if bias is None else y + bias
 
 

@@ -32,9 +32,6 @@ class Geometry:
     pads: Pads = ((0, 0), (0, 0))
     groups: int = 1
     form: str = "auto"
-    in_loop: bool = False
-    """Inside a scan, where XLA's CPU backend runs the gradients of its own convolution many times
-    slower."""
     mapped: bool = False
     """All operands have a leading axis more, of convolutions with a kernel each (vmap)."""
 
@@ -109,6 +106,40 @@ def forward_shifts(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.A
     return _sum((_dot_float32(patch, k) for patch, k in products), x.dtype)
 
 
+def input_turned(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """XLA's gradient of the input, written as a convolution of dy with the turned kernel."""
+    sizes = zip(
+        geometry.size, geometry.out, geometry.kernel, geometry.strides, geometry.pads, strict=True
+    )
+    return lax.conv_general_dilated(
+        dy,
+        kernel[::-1, ::-1].swapaxes(2, 3),
+        (1, 1),
+        [(k - 1 - low, size - 1 - (out - 1) * s + low) for size, out, k, s, (low, _) in sizes],
+        lhs_dilation=geometry.strides,
+        dimension_numbers=_DIMENSIONS,
+    )
+
+
+def weight_turned(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
+    """XLA's gradient of the kernel, written as a convolution of x with dy, summed over examples.
+
+    The examples take the place of the channels, the channels that of the examples.
+    """
+    sizes = zip(
+        geometry.size, geometry.out, geometry.kernel, geometry.strides, geometry.pads, strict=True
+    )
+    turned = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0),
+        dy.transpose(1, 2, 0, 3),
+        (1, 1),
+        [(low, k - 1 + (out - 1) * s + 1 - size - low) for size, out, k, s, (low, _) in sizes],
+        rhs_dilation=geometry.strides,
+        dimension_numbers=_DIMENSIONS,
+    )
+    return turned.transpose(1, 2, 0, 3)
+
+
 def _flipped(forward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """The gradient of the input by products: for stride 1 a forward pass with a turned kernel."""
 
@@ -127,7 +158,6 @@ def _flipped(forward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return run
 
 
-input_turned = _flipped(forward_lax)
 input_im2col = _flipped(forward_im2col)
 input_rows = _flipped(forward_rows)
 
@@ -193,6 +223,7 @@ Form = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
 FORMS: dict[str, dict[str, Form]] = {
     "forward": {
         "lax": forward_lax,
+        "turned": forward_lax,
         "im2col": forward_im2col,
         "rows": forward_rows,
         "shifts": forward_shifts,
@@ -208,6 +239,7 @@ FORMS: dict[str, dict[str, Form]] = {
     },
     "weight": {
         "lax": weight_lax,
+        "turned": weight_turned,
         "im2col": weight_im2col,
         "rows": weight_rows,
         "shifts": weight_shifts,

@@ -79,25 +79,30 @@ def _three(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _spread(place: jax.Array, dy: jax.Array) -> jax.Array:
-    """dy at the places of the maxima: the gradient of the input."""
+    """dy at the places of the maxima: the gradient of the input.
+
+    An even pixel is the middle of its window, an odd one the last of its own and the first of the
+    next.
+    """
+    batch, height, width, channels = dy.shape
+    behind = ((0, 0), (0, 1), (0, 1), (0, 0))
+    # Both stand in memory with one window more behind, so that the next one is a mere slice.
+    place = jnp.pad(place, behind, constant_values=-1)
+    place, dy = jax.lax.optimization_barrier((place, jnp.pad(dy, behind)))
 
     def taken(row: int, column: int) -> jax.Array:
-        return jnp.where(place == 3 * row + column, dy, 0)
+        below, right = int(row == 0), int(column == 0)
+        window = (slice(None), slice(below, height + below), slice(right, width + right))
+        return jnp.where(place[window] == 3 * row + column, dy[window], 0)
 
-    def odd(next_one: jax.Array, own: jax.Array, axis: int) -> jax.Array:
-        # An odd pixel is the last of its window and the first of the next one.
-        return own + _moved(next_one, axis, -1, 0)
+    def pixels(rows: tuple[int, ...], columns: tuple[int, ...]) -> jax.Array:
+        return functools.reduce(jnp.add, (taken(row, column) for row in rows for column in columns))
 
     # Even and odd rows by even and odd columns, each standing in memory before they are woven.
+    even, odd = (1,), (2, 0)
     weave = jax.lax.optimization_barrier(
-        (
-            taken(1, 1),
-            odd(taken(1, 0), taken(1, 2), axis=2),
-            odd(taken(0, 1), taken(2, 1), axis=1),
-            odd(odd(taken(0, 0), taken(2, 0), 1), odd(taken(0, 2), taken(2, 2), 1), axis=2),
-        )
+        tuple(pixels(rows, columns) for rows in (even, odd) for columns in (even, odd))
     )
-    batch, height, width, channels = dy.shape
     pairs = (jnp.concatenate(weave[:2], axis=-1), jnp.concatenate(weave[2:], axis=-1))
     rows = [pair.reshape(batch, height, -1) for pair in jax.lax.optimization_barrier(pairs)]
     return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, channels)

@@ -4,6 +4,7 @@ One linen module, `ResNet`, is every model of the zoo: its fields are the whole 
 """
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -17,6 +18,9 @@ from flaxres.nets.conv import Conv
 from flaxres.nets.initialize import ResidualInit
 from flaxres.nets.norms import BatchNorm, GroupNorm, NoNorm
 from flaxres.nets.pool import max_pool
+
+STACKED_RUN = re.compile(r"blocks(\d+)to(\d+)")
+"""Names of runs of equal blocks whose leaves are stacked, first block and last."""
 
 _CHOICES = {
     "block": tuple(BLOCKS),
@@ -89,8 +93,6 @@ class ResNet(nn.Module):
     """Groups of the batch with statistics of their own (ghost batch norm)."""
     conv_form: str = "auto"
     """The form of every convolution, see `flaxres.nets.conv`."""
-    in_loop: bool = False
-    """The whole model is scanned over, as by accumulation of gradients; a hint to convolutions."""
     norm_form: str | None = None
     """The form of batch norm, see `flaxres.nets.norms`; None takes what fits conv_form."""
 
@@ -114,8 +116,7 @@ class ResNet(nn.Module):
         for stage, size in enumerate(self.stage_sizes, 1):
             start = sum(self.stage_sizes[: stage - 1])
             x = taken[f"stage{stage}"] = Stage(
-                block=self._block(stage, self._conv()),
-                scanned=self._block(stage, self._conv(in_loop=True)),
+                block=self._block(stage),
                 strides=self.stage_strides(stage),
                 runs=tuple(block_runs(self, stage)),
                 rates=None if rates is None else rates[start : start + size],
@@ -185,7 +186,7 @@ class ResNet(nn.Module):
     def make_block(self, stage: int, block: int) -> nn.Module:
         """The block module of this place (both from 1), to be applied to its own variables."""
         strides = self.stage_strides(stage) if block == 1 else 1
-        return self._block(stage, self._conv())(strides=strides, parent=None)
+        return self._block(stage)(strides=strides, parent=None)
 
     def drop_rates(self) -> tuple[float, ...] | None:
         """Stochastic-depth rate of each block, None when off (Huang 2016, §3: linear in depth)."""
@@ -204,13 +205,12 @@ class ResNet(nn.Module):
                 f"{self.total_stride} in all; use at least {self.total_stride}×{self.total_stride}"
             )
 
-    def _conv(self, in_loop: bool = False) -> ModuleDef:
+    def _conv(self) -> ModuleDef:
         return functools.partial(
             Conv,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             form=self.conv_form,
-            in_loop=in_loop or self.in_loop,
         )
 
     def _norm(self) -> ModuleDef:
@@ -227,7 +227,7 @@ class ResNet(nn.Module):
             form=self.norm_form or ("onednn" if self.conv_form == "onednn" else "auto"),
         )
 
-    def _block(self, stage: int, conv: ModuleDef) -> ModuleDef:
+    def _block(self, stage: int) -> ModuleDef:
         return functools.partial(
             BLOCKS[self.block],
             features=self.widths[stage - 1],
@@ -242,7 +242,7 @@ class ResNet(nn.Module):
             avg_down=self.avg_down,
             antialias=self.antialias,
             activation=self.activation,
-            conv=conv,
+            conv=self._conv(),
             norm=self._norm(),
             param_dtype=self.param_dtype,
         )
@@ -282,7 +282,6 @@ class Stage(nn.Module):
     """Blocks of one width; runs of equal blocks scanned over stacked parameters."""
 
     block: ModuleDef
-    scanned: ModuleDef
     strides: int
     runs: tuple[tuple[int, int], ...]
     rates: tuple[float, ...] | None
@@ -293,12 +292,11 @@ class Stage(nn.Module):
         for first, last in self.runs:
             strides = self.strides if first == 1 else 1
             rates = None if self.rates is None else self.rates[first - 1 : last]
+            block = self.block(strides=strides, name=run_name(first, last))
             if first == last:
-                block = self.block(strides=strides, name=f"block{first}")
                 x = self._step(train)(block, x, None if rates is None else rates[0])
             else:
-                blocks = self.scanned(strides=strides, name=f"blocks{first}to{last}")
-                x = self._scan(blocks, x, train, last - first + 1, rates)
+                x = self._scan(block, x, train, last - first + 1, rates)
         return x
 
     def _scan(
@@ -328,6 +326,11 @@ class Stage(nn.Module):
         policy = names if self.remat == "conv" else None
         # A loop's body is not merged with its recomputation, so the guard would only cost.
         return nn.remat(step, policy=policy, prevent_cse=not in_scan)
+
+
+def run_name(first: int, last: int) -> str:
+    """The name of a run of blocks in its stage: "block3", or stacked, see `STACKED_RUN`."""
+    return f"block{first}" if first == last else f"blocks{first}to{last}"
 
 
 def block_runs(model: ResNet, stage: int) -> list[tuple[int, int]]:

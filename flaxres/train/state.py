@@ -15,7 +15,7 @@ from flax.training.dynamic_scale import DynamicScale
 from flaxres.data import augment
 from flaxres.data.sources import DataInfo
 from flaxres.identity import layout
-from flaxres.nets import initialize, zoo
+from flaxres.nets import drawing, zoo
 from flaxres.nets.resnet import ResNet, scan_pays
 from flaxres.train import optim
 from flaxres.train.config import TrainConfig
@@ -86,7 +86,7 @@ def make_model(config: TrainConfig, info: DataInfo) -> ResNet:
 def create_state(config: TrainConfig, info: DataInfo) -> tuple[ResNet, TrainState]:
     """The model and the state before the first step, on the host, from the seed alone."""
     model = make_model(config, info)
-    variables = initialize.init_variables(model, config.seed, input_shape(config, info))
+    variables = drawing.init_variables(model, config.seed, input_shape(config, info))
     return model, state_of(config, info, model, variables)
 
 

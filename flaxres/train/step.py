@@ -133,8 +133,6 @@ def _mix(
 def _gradient(state: TrainState, config: TrainConfig) -> Any:
     """(batch_stats, micro-batch, key) -> (batch_stats, grads, loss, accuracy)."""
     model = state.task.model
-    if config.accumulate > 1:
-        model = model.clone(in_loop=True)
 
     def loss_of(params: Any, stats: Any, micro: Any, key: jax.Array) -> Any:
         images, soft, labels = micro

@@ -13,7 +13,7 @@ from flax import linen as nn
 import flaxres
 from flaxres import branches
 from flaxres.identity import layout
-from flaxres.nets.initialize import init_variables
+from flaxres.nets.drawing import init_variables
 
 IMAGES = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
 

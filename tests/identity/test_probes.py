@@ -13,7 +13,7 @@ import flaxres
 from flaxres import branches, probes
 from flaxres.identity import layout
 from flaxres.identity.probes import common
-from flaxres.nets.initialize import init_variables
+from flaxres.nets.drawing import init_variables
 
 IMAGES = jax.random.normal(jax.random.key(0), (6, 8, 8, 2))
 LABELS = jnp.arange(6) % 3

@@ -161,9 +161,7 @@ def test_scan_and_remat(form):
         step = jax.checkpoint(lambda x, k: (jnp.tanh(function(x, k)), None))
         return jnp.sum(jax.lax.scan(step, X, kernels)[0] ** 2)
 
-    ours = jax.grad(functools.partial(loss, functools.partial(conv, form=form, in_loop=True)))(
-        kernels
-    )
+    ours = jax.grad(functools.partial(loss, functools.partial(conv, form=form)))(kernels)
     theirs = jax.grad(
         functools.partial(loss, lambda x, k: reference(x, k, (1, 1), "SYMMETRIC", 1))
     )(kernels)
@@ -220,10 +218,10 @@ def test_accelerators_get_their_own_convolution_and_tpus_a_deep_stem(platform):
         assert choose(which, platform, stem, 3) == ("s2d" if platform == "tpu" else "lax")
 
 
-def test_no_gradient_in_a_loop_on_cpu_takes_the_form_that_crawls_there():
+def test_no_gradient_on_cpu_takes_the_form_that_crawls_in_a_loop():
     for size, channels in itertools.product((2, 8, 14, 32, 56), (3, 16, 64, 512)):
         for strides in ((1, 1), (2, 2)):
-            geometry = Geometry((size, size), (3, 3), strides, ((1, 1), (1, 1)), in_loop=True)
+            geometry = Geometry((size, size), (3, 3), strides, ((1, 1), (1, 1)))
             assert choose("input", "cpu", geometry, channels) != "lax"
             assert choose("weight", "cpu", geometry, channels) != "lax"
 

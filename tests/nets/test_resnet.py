@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import flaxres
-from flaxres.nets.initialize import init_variables
+from flaxres.nets.drawing import init_variables
 
 
 def small(**fields):

@@ -14,7 +14,7 @@ import pytest
 from flax import struct
 
 from flaxres.identity import layout
-from flaxres.nets import initialize, zoo
+from flaxres.nets import drawing, zoo
 from flaxres.train import checkpoint
 from flaxres.train.checkpoint import Checkpoints
 from flaxres.train.config import TrainConfig
@@ -39,7 +39,7 @@ class State(struct.PyTreeNode):
 
 def state(seed=0, scan=False, dtype=np.float32):
     model = zoo.create_model("resnet14_cifar", num_classes=10, scan=scan)
-    params = initialize.init_variables(model, seed, (1, 8, 8, 1))["params"]
+    params = drawing.init_variables(model, seed, (1, 8, 8, 1))["params"]
     params["head"]["bias"] = np.array([-0.0, np.nan, np.inf, 1e-42, *range(6)], np.float32)
     momentum = jax.tree.map(lambda leaf: (leaf * 3).astype(dtype), params)
     optimizer = (optax.EmptyState(), optax.TraceState(momentum))

@@ -10,7 +10,7 @@ import pytest
 
 import flaxres
 from flaxres.identity import layout
-from flaxres.nets.initialize import init_variables
+from flaxres.nets.drawing import init_variables
 from flaxres.train import losses, optim
 from flaxres.train.config import TrainConfig
 

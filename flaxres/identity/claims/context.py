@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxres.nets import initialize, zoo
+from flaxres.nets import drawing, zoo
 from flaxres.nets.resnet import ResNet
 
 
@@ -110,7 +110,7 @@ class Context:
     def start(self, model: ResNet, seed: int = 0) -> dict[str, Any]:
         """Freshly drawn variables."""
         return jax.tree.map(
-            jnp.asarray, initialize.init_variables(model, seed, (1, *self.images.shape[1:]))
+            jnp.asarray, drawing.init_variables(model, seed, (1, *self.images.shape[1:]))
         )
 
     @functools.cached_property

@@ -8,7 +8,7 @@ import optax
 from flax import linen as nn
 
 from flaxres.identity import layout
-from flaxres.nets.resnet import ResNet, block_runs
+from flaxres.nets.resnet import ResNet, block_runs, run_name
 
 
 class Block(NamedTuple):
@@ -56,8 +56,7 @@ def trace(
     blocks, received = [], stem
     for stage in range(1, len(model.stage_sizes) + 1):
         for first, last in block_runs(model, stage):
-            name = f"block{first}" if first == last else f"blocks{first}to{last}"
-            part = captured[f"stage{stage}"][name]
+            part = captured[f"stage{stage}"][run_name(first, last)]
             for place in range(last - first + 1):
 
                 def take(entry: Any, place: int = place, alone: bool = first == last) -> jax.Array:
