@@ -90,8 +90,10 @@ def _varying_alike(*operands: jax.Array) -> list[jax.Array]:
 def choose(which: str, platform: str, geometry: Geometry, channels: int) -> str:
     """The fastest form of a pass ("forward", "input", "weight") on a platform.
 
-    On GPU and TPU it is XLA's own convolution, but for few channels and a stride (the stem), which
-    TPUs take better as space to depth. On CPU measurements decide (two cores with AVX-512, ms;
+    On GPU and TPU it is XLA's own convolution, but for few channels and a stride (the stem), whose
+    forward pass TPUs take better as space to depth; their gradient of its kernel is XLA's, into
+    which the compiler merges what makes dy (0.7 GB less to move a step of 128 in ResNet-50, by its
+    count). On CPU measurements decide (two cores with AVX-512, ms;
     `python -m experiments.benchmark forms` takes them again, for more shapes):
 
       pass     shape                  lax  turned  im2col  rows  shifts
@@ -115,7 +117,8 @@ def choose(which: str, platform: str, geometry: Geometry, channels: int) -> str:
     """
     if platform != "cpu":
         few = channels <= 4 and geometry.strides[0] == geometry.strides[1] > 1
-        return "s2d" if platform == "tpu" and few and geometry.groups == 1 else "lax"
+        deep = platform == "tpu" and which == "forward" and few and geometry.groups == 1
+        return "s2d" if deep else "lax"
     if geometry.kernel == (1, 1) or geometry.mapped:
         return "im2col"  # products of matrices as they stand, or batched ones
     if geometry.groups > 1:

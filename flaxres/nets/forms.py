@@ -213,12 +213,6 @@ def forward_s2d(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Arra
     )
 
 
-def weight_s2d(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
-    """The transpose of `forward_s2d` in the kernel."""
-    kernel = _example("weight", x, dy, geometry)
-    return jax.linear_transpose(lambda k: forward_s2d(x, k, geometry), kernel)(dy)[0]
-
-
 Form = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
 FORMS: dict[str, dict[str, Form]] = {
     "forward": {
@@ -243,7 +237,7 @@ FORMS: dict[str, dict[str, Form]] = {
         "im2col": weight_im2col,
         "rows": weight_rows,
         "shifts": weight_shifts,
-        "s2d": weight_s2d,
+        "s2d": weight_lax,
     },
 }
 
