@@ -1,9 +1,11 @@
 """Schedules and optimisers from a configuration: optax throughout, decay masks by name."""
 
+import inspect
 import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from flaxres.train.config import TrainConfig
@@ -55,60 +57,75 @@ def decay_mask(params: Any, patterns: tuple[str, ...]) -> Any:
 def make_optimizer(config: TrainConfig, params: Any, examples: int) -> optax.GradientTransformation:
     """The optimiser of a configuration.
 
-    `sgd` decays as PyTorch does (the decay is part of the gradient, before the momentum), the
-    Adam family decouples it. Norms, biases and scalars are left out by `decay_mask`.
+    `sgd` decays as PyTorch does (the decay is part of the gradient, before the momentum), and so
+    does everything of optax that has no masked decay of its own, such as adam; adamw, lamb, lion
+    and their like decouple it. Norms, biases and scalars are left out by `decay_mask`.
     """
     rate = schedule(config, examples)
     decay = config.weight_decay
-    mask = decay_mask(params, config.decay_mask) if decay else None
+    mask = decay_mask(params, config.decay_mask)
     steps = []
     if config.clip_norm is not None:
         steps.append(optax.clip_by_global_norm(config.clip_norm))
+    in_gradient = optax.add_decayed_weights(decay, mask)
     if config.optimizer == "sgd":
-        if decay:
-            steps.append(optax.add_decayed_weights(decay, mask))
-        steps.append(optax.sgd(rate, config.momentum, nesterov=config.momentum > 0))
-    elif config.optimizer in ("adamw", "lamb"):
-        make = getattr(optax, config.optimizer)
-        steps.append(make(rate, b1=config.momentum, weight_decay=decay, mask=mask))
+        sgd = optax.sgd(rate, config.momentum, nesterov=config.momentum > 0)
+        steps += [in_gradient, sgd] if decay else [sgd]
     elif config.optimizer == "lars":
-        trust = decay_mask(params, config.decay_mask)
         lars = optax.lars(
             rate,
             decay,
-            weight_decay_mask=trust,
-            trust_ratio_mask=trust,
+            weight_decay_mask=mask,
+            trust_ratio_mask=mask,
             momentum=config.momentum,
         )
         steps.append(lars)
     else:
-        if decay:
-            steps.append(optax.add_decayed_weights(decay, mask))
-        steps.append(_by_name(config.optimizer)(rate))
+        made, decays = _by_name(config, rate, mask)
+        steps += [in_gradient, made] if decay and not decays else [made]
     if config.layer_decay < 1:
         steps.append(_layer_decay(config.layer_decay))
     return optax.chain(*steps)
 
 
-def _by_name(name: str) -> Any:
-    make = getattr(optax, name, None)
-    if make is None or name.startswith("_") or not callable(make):
+def _by_name(
+    config: TrainConfig, rate: optax.Schedule, mask: Any
+) -> tuple[optax.GradientTransformation, bool]:
+    """An optimiser of optax with our momentum, and whether it decays what `mask` says itself."""
+    make = getattr(optax, config.optimizer, None)
+    if make is None or config.optimizer.startswith("_") or not callable(make):
         raise ValueError(
-            f"unknown optimizer {name!r} (accepted: sgd, adamw, lamb, lars, or an optimiser of "
-            "optax such as adam, rmsprop, lion)"
+            f"unknown optimizer {config.optimizer!r} (accepted: sgd, adamw, lamb, lars, or an "
+            "optimiser of optax such as adam, rmsprop, lion)"
         )
+    own: dict[str, Any] = {}
+    try:
+        accepted = list(inspect.signature(make).parameters)
+        if accepted[0] != "learning_rate":
+            raise TypeError(f"it takes {accepted[0]} first")
+        own |= {name: config.momentum for name in ("b1", "momentum") if name in accepted}
+        if "weight_decay" in accepted:
+            own["weight_decay"] = 0.0
+        _try(make(rate, **own))
+    except Exception as error:  # each part of optax that is no optimiser fails in its own way
+        raise ValueError(
+            f"optimizer {config.optimizer!r} of optax cannot train with a learning rate and "
+            "gradients alone (accepted: sgd, adamw, lamb, lars, or one that can, such as adam, "
+            "rmsprop, lion)"
+        ) from error
+    masks = [name for name in ("mask", "weight_decay_mask") if name in accepted]
+    if "weight_decay" not in own or not masks:
+        return make(rate, **own), False
+    own |= {"weight_decay": config.weight_decay, masks[0]: mask}
+    return make(rate, **own), True
 
-    def checked(rate: Any) -> optax.GradientTransformation:
-        try:
-            made = make(rate)
-            made.init({})  # combinators of optax fail only here
-        except (TypeError, AttributeError):
-            made = None
-        if not isinstance(made, optax.GradientTransformation):
-            raise ValueError(f"optax.{name} is no optimiser that takes a learning rate alone")
-        return made
 
-    return checked
+def _try(optimizer: optax.GradientTransformation) -> None:
+    """Raise whatever comes of it if an optimiser cannot make a step."""
+    params = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+    state = jax.eval_shape(optimizer.init, params)
+    updates, _ = jax.eval_shape(optimizer.update, params, state, params)
+    jax.eval_shape(optax.apply_updates, params, updates)
 
 
 def _layer_decay(factor: float) -> optax.GradientTransformation:

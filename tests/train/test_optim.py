@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import flaxres
@@ -50,6 +51,9 @@ def test_mask_that_matches_nothing_is_refused():
         optim.decay_mask(PARAMS, ("/kernel$", "weight"))
     with pytest.raises(ValueError, match="no regular expression"):
         optim.decay_mask(PARAMS, ("(",))
+    with pytest.raises(ValueError, match="decay_mask 'weight' matches no parameter"):
+        config = dataclasses.replace(CONFIG, weight_decay=0.0, decay_mask=("weight",))
+        optim.make_optimizer(config, PARAMS, 1000)
 
 
 def test_sgd_is_nesterov_with_decay_in_the_gradient():
@@ -78,9 +82,52 @@ def test_other_optimisers_of_optax_move_every_parameter(name):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("name", ["sdg", "chain", "apply_updates", "__doc__"])
+def update(name, grads=0.0, **changes):
+    """The first update of an optimiser, for gradients that are all the same."""
+    config = TrainConfig(steps=5, lr=0.1, schedule="constant", optimizer=name, **changes)
+    optimiser = optim.make_optimizer(config, PARAMS, 1000)
+    grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, grads), PARAMS)
+    state = optimiser.init(PARAMS)
+    for _ in range(2):
+        updates, state = optimiser.update(grads, state, PARAMS)
+    return updates
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "nadamw", "adamaxw", "adan", "adadelta"])
+def test_decay_of_their_own_is_ours(name):
+    """No gradients: what moves is decayed, once, and nothing but the kernels is."""
+    updates = update(name, weight_decay=0.01)
+    assert names_of(jax.tree.map(np.any, updates)) == names_of(
+        optim.decay_mask(PARAMS, ("/kernel$",))
+    )
+    if name != "adadelta":
+        expected = -0.1 * 0.01 * PARAMS["head"]["kernel"]
+        np.testing.assert_allclose(updates["head"]["kernel"], expected, rtol=1e-5)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(update(name, weight_decay=0.0)))
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "rmsprop", "adafactor"])
+def test_momentum_counts(name):
+    one, other = update(name, 1.0, momentum=0.5), update(name, 1.0, momentum=0.95)
+    assert np.any(one["head"]["kernel"] != other["head"]["kernel"])
+
+
+def test_momentum_is_the_first_decay_rate_of_the_adam_family():
+    optimiser = optim.make_optimizer(
+        TrainConfig(steps=5, optimizer="adam", momentum=0.75, weight_decay=0.0), PARAMS, 1000
+    )
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    _, state = optimiser.update(grads, optimiser.init(PARAMS), PARAMS)
+    mu = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose(mu["head"]["bias"], 0.25)
+
+
+NO_OPTIMISERS = "sdg chain apply_updates __doc__ lbfgs polyak_sgd scale clip scale_by_schedule"
+
+
+@pytest.mark.parametrize("name", NO_OPTIMISERS.split())
 def test_what_is_no_optimiser_is_refused(name):
-    with pytest.raises(ValueError, match="optimi"):
+    with pytest.raises(ValueError, match=f"optimizer '{name}' .*accepted: sgd"):
         optim.make_optimizer(TrainConfig(steps=5, optimizer=name), PARAMS, 1000)
 
 
