@@ -183,11 +183,11 @@ class Checkpoints:
         layout and everything that is no array.
 
         Raises:
-          ValueError: there is none of that step, or none that can be read.
+          ValueError: there is none of that step, none that can be read, or no best one.
         """
         steps = self.steps()
         if step == "best":
-            step = self.best()
+            step = self._best_of(steps)
         if step is not None:
             return self._read_step(into, step, steps)
         damaged: list[int] = []
@@ -212,6 +212,15 @@ class Checkpoints:
                 f"{', '.join(map(str, steps))}): start again in another --workdir"
             )
         return None
+
+    def _best_of(self, steps: list[int]) -> int:
+        best = self.best()
+        if best is None:
+            raise ValueError(
+                f"no checkpoint in {self._directory} has been evaluated, so that none is best "
+                f"(there are: {', '.join(map(str, steps)) or 'none'})"
+            )
+        return best
 
     def _read_step(self, into: TrainState, step: int, steps: list[int]) -> Restored:
         if step not in steps:

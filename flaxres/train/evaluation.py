@@ -86,11 +86,7 @@ def evaluate(workdir: str, checkpoint: Checkpoint = None, data_dir: str | None =
     """
     enable_compilation_cache()
     config, info, restored = _open(workdir, checkpoint, data_dir)
-    config = dataclasses.replace(config, driver="auto", devices=None, fsdp=False)
-    if config.batch_norm != "sync" or (config.eval_batch_size or config.batch_size) % len(
-        choose_devices(config)
-    ):
-        config = dataclasses.replace(config, driver="device")
+    config = _for_evaluation(config)
     driver = make_driver(config)
     began = time.perf_counter()
     found = run_evaluation(config, info, driver, driver.replicate(restored.state))
@@ -104,6 +100,24 @@ def evaluate(workdir: str, checkpoint: Checkpoint = None, data_dir: str | None =
         params_sha256=params_sha256(restored.state.params),
         workdir=str(workdir),
     )
+
+
+def _for_evaluation(config: TrainConfig) -> TrainConfig:
+    """Without what only training asks of the devices and of a batch."""
+    config = dataclasses.replace(
+        config,
+        batch_size=config.eval_batch_size or config.batch_size,
+        accumulate=1,
+        mixup=0.0,
+        cutmix=0.0,
+        batch_norm="sync",
+        driver="auto",
+        devices=None,
+        fsdp=False,
+    )
+    if config.batch_size % len(choose_devices(config)):
+        return dataclasses.replace(config, driver="device")
+    return config
 
 
 def load(

@@ -65,8 +65,8 @@ def train(config: TrainConfig, *, listener: Listener | None = None) -> Result:
         work = Workdir(config.workdir or "")
 
         def claim() -> None:
-            work.claim(config)
             stack.enter_context(work.locked())
+            work.claim(config)
             stack.enter_context(logging_to(work.log))
 
         distributed.share(claim)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from flaxres.train.config import TrainConfig
 
@@ -72,7 +72,8 @@ class Workdir:
         """Write the configuration, or compare it with the one that is there.
 
         Returns whether a run was here already. Raises ValueError if it is another run's
-        directory (naming the fields that differ) or holds somebody else's files.
+        directory, naming the fields that differ. Call it while `locked`, or two runs that start
+        together may both find nothing here.
         """
         if self.config_file.is_file():
             if differing := self.config().diff(config):
@@ -81,13 +82,6 @@ class Workdir:
                     f"({'; '.join(differing)}): use another --workdir or the same configuration"
                 )
             return True
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{str(self.path)!r} is a file: --workdir needs a directory")
-        if self.path.is_dir() and any(not _is_ours(file) for file in self.path.iterdir()):
-            raise ValueError(
-                f"{str(self.path)!r} is not empty and not a work directory: use another --workdir"
-            )
-        self.path.mkdir(parents=True, exist_ok=True)
         about = {
             "config": config.to_json(),
             "seed": config.seed,
@@ -99,13 +93,32 @@ class Workdir:
         write_text(self.config_file, json.dumps(about, indent=2) + "\n")
         return False
 
+    def _open_lock(self) -> IO[str]:
+        """The lock in the directory, which is made; ValueError if that is no place for a run."""
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise ValueError(f"{str(self.path)!r} is a file: --workdir needs a directory")
+            self.path.mkdir(parents=True, exist_ok=True)
+            files = list(self.path.iterdir())
+            if self.config_file.is_file() or all(_is_ours(file) for file in files):
+                return open(self._lock, "a+")
+        except OSError as error:
+            raise ValueError(
+                f"{str(self.path)!r} cannot be written to ({error.strerror or error}): use another "
+                "--workdir"
+            ) from None
+        raise ValueError(
+            f"{str(self.path)!r} is not empty and not a work directory: use another --workdir"
+        )
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory for one run; the system lets go of it however the process ends.
 
-        Raises ValueError if a run holds it already.
+        Raises ValueError if a run holds it already, somebody else's files are there, or it cannot
+        be written to.
         """
-        with open(self._lock, "a+") as file:
+        with self._open_lock() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -138,9 +138,11 @@ def test_newest_and_best_are_kept(folder):
 
 
 def test_without_evaluations_there_is_no_best(folder):
-    save(folder, 1)
+    save(folder, 1, 2)
     with opened(folder) as checkpoints:
         assert checkpoints.best() is None and checkpoints.best_accuracy() is None
+        with pytest.raises(ValueError, match=r"has been evaluated.* \(there are: 1, 2\)"):
+            checkpoints.restore(state(), "best")
 
 
 def test_checkpoint_of_other_classes_is_not_called_damaged(folder):

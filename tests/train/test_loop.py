@@ -144,6 +144,13 @@ def test_evaluate_gives_the_numbers_of_the_run(whole):
         loop.evaluate(whole.workdir, 5)
 
 
+def test_evaluation_asks_nothing_that_only_training_needs(tmp_path):
+    """Neither 12 images, nor their micro-batches, pairs or groups, fit eight devices."""
+    changes = {"batch_size": 12, "accumulate": 3, "mixup": 0.2, "steps": 2, "eval_every": 2}
+    result = loop.train(config(tmp_path, **changes, batch_norm="ghost", ghost_size=4))
+    assert loop.evaluate(result.workdir).accuracy == pytest.approx(result.accuracy, abs=1e-6)
+
+
 def test_damaged_newest_checkpoint_is_named_and_the_one_before_taken(tmp_path, whole, caplog):
     import shutil
 
@@ -217,6 +224,15 @@ def test_a_run_holds_its_directory(tmp_path):
 
     result = loop.train(config(tmp_path), listener=Second())
     assert refused and steps_of(result, "train") == list(range(1, 13))
+
+
+def test_a_second_start_is_refused_before_anything_is_written(tmp_path):
+    """Also in the moment when the first run has the directory and no configuration yet."""
+    work = Workdir(tmp_path / "run")
+    with work.locked():
+        with pytest.raises(ValueError, match="is being trained in by process"):
+            loop.train(config(tmp_path))
+        assert [file.name for file in work.path.iterdir()] == [".lock"]
 
 
 def test_what_a_kill_leaves_of_the_first_moments_is_no_obstacle(tmp_path, whole):
