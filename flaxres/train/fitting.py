@@ -52,7 +52,10 @@ def fit(
     """Train as configured and evaluate, keeping everything in memory.
 
     Args:
-      config: its workdir, checkpoints and logging are passed over.
+      config: what belongs to a run on disk or of many processes is passed over: workdir, workers
+        and max_corrupt (but for the evaluation), log_every, eval_every, checkpoint_every, keep,
+        on_nonfinite (updates that are not finite are left out), profile_steps, coordinator,
+        num_processes and process_id.
       start: (model, variables) to begin from, in place of the configuration's own.
       watch: called as watch(step, state) with the state on the device, before the first step,
         every `watch_every` steps and after the last.

@@ -18,6 +18,7 @@ run_log = logging.getLogger("flaxres.run")
 """Its lines go to log.txt alone: what a person is shown is the listener's to say."""
 run_log.propagate = False
 run_log.setLevel(logging.INFO)
+run_log.addHandler(logging.NullHandler())  # else logging prints errors where there is no log.txt
 
 
 class MetricsWriter:

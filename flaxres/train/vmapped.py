@@ -40,7 +40,7 @@ def sweep(config: TrainConfig, seeds: Sequence[int], lrs: Sequence[float] | None
     """Train one run for each seed, in memory, on the first device.
 
     Each run is what `fit` gives for that seed (weights, data order, augmentation) and learning
-    rate, within rounding.
+    rate, within rounding. Batch norm is over the whole batch.
 
     Args:
       config: shared by all; its seed and lr are replaced.
@@ -51,6 +51,8 @@ def sweep(config: TrainConfig, seeds: Sequence[int], lrs: Sequence[float] | None
         raise ValueError("a sweep needs at least one seed")
     if lrs is not None and len(lrs) != len(seeds):
         raise ValueError(f"{len(lrs)} learning rates do not fit {len(seeds)} seeds: one for each")
+    if config.batch_norm != "sync":
+        raise ValueError(f"batch_norm must be sync in a sweep, not {config.batch_norm}")
     rates = tuple(float(lr) for lr in lrs) if lrs is not None else (config.lr,) * len(seeds)
     configs = [
         dataclasses.replace(config, seed=int(seed), lr=lr).validate()

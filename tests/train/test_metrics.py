@@ -138,13 +138,14 @@ def test_log_holds_the_run_and_every_warning_and_tells_nobody_else(work, capfd):
     with metrics.logging_to(work.log):
         metrics.run_log.info("step 1")
         logging.getLogger("flaxres.data").warning("example 3 cannot be read")
-    metrics.run_log.info("afterwards")
+    metrics.run_log.error("afterwards")
     lines = work.log.read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == [
         "INFO step 1",
         "WARNING example 3 cannot be read",
     ]
-    assert "step 1" not in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "step 1" not in err and "afterwards" not in err
 
 
 def test_a_batch_is_kept_with_what_came_of_it(work):

@@ -34,10 +34,13 @@ def test_shapes_have_runs_first(together):
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(together.states.params))
 
 
-def test_rates_and_seeds_must_pair_up():
+def test_what_makes_no_sweep_is_refused():
     with pytest.raises(ValueError, match="3 learning rates do not fit 2 seeds"):
         sweep(CONFIG, (0, 1), (0.1, 0.2, 0.3))
     with pytest.raises(ValueError, match="at least one seed"):
         sweep(CONFIG, ())
+    for mode in ("ghost", "device"):
+        with pytest.raises(ValueError, match=f"batch_norm must be sync in a sweep, not {mode}"):
+            sweep(dataclasses.replace(CONFIG, batch_norm=mode), (0,))
     with pytest.raises(ValueError, match="lr must be more than 0, not -1.0"):
         sweep(CONFIG, (0,), (-1.0,))
