@@ -34,6 +34,15 @@ def run(argv: list[str]) -> int:
     command = options.parse(Data, argv, "data")
     from flaxres.data import sources
 
+    if command.manual_dir is not None and command.action != "prepare":
+        raise ValueError(
+            f"--manual-dir {command.manual_dir} needs flaxres data prepare, not {command.action}"
+        )
+    if command.action == "list" and command.name is not None:
+        raise ValueError(
+            f"flaxres data list takes no name, not {command.name!r}: flaxres data info "
+            f"{command.name} describes one"
+        )
     if command.action == "list":
         names = sources.known(command.data_dir)
         options.say("\n".join(names), command.json)

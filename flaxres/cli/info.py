@@ -36,6 +36,7 @@ def run(argv: list[str]) -> int:
     from flaxres.nets import zoo
 
     if command.model is None or "*" in command.model:
+        _refuse_fields(command)
         names = zoo.list_models(command.model or "*")
         if not names:
             raise ValueError(f"no model matches {command.model!r}")
@@ -46,13 +47,26 @@ def run(argv: list[str]) -> int:
     return _one(command, command.model)
 
 
+def _refuse_fields(command: Info) -> None:
+    """A list of names has no shapes."""
+    for field in ("image_size", "channels", "num_classes"):
+        value = getattr(command, field)
+        if value != getattr(Info, field):
+            raise ValueError(
+                f"--{field.replace('_', '-')} {value} needs the name of one model, not "
+                f"{command.model or 'none'}"
+            )
+
+
 def _one(command: Info, name: str) -> int:
     from flaxres.nets import zoo
     from flaxres.nets.summary import summarize
 
     fields = {} if command.num_classes is None else {"num_classes": command.num_classes}
     model = zoo.create_model(name, **fields)
-    size = command.image_size or (32 if model.stem == "cifar" else 224)
+    size = command.image_size
+    if size is None:
+        size = 32 if model.stem == "cifar" else 224
     if size < 1 or command.channels < 1:
         raise ValueError(
             f"image-size and channels must be positive, not {size} and {command.channels}"

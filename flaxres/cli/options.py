@@ -33,13 +33,7 @@ def parse(
     boxes = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxes):
-            return tyro.cli(
-                kind,
-                args=list(argv),
-                prog=f"flaxres {command}",
-                config=(tyro.conf.FlagCreatePairsOff,),
-                **keywords,
-            )
+            return tyro.cli(kind, args=list(argv), prog=f"flaxres {command}", **keywords)
     except SystemExit as stop:
         if stop.code and (sentence := _sentence(boxes.getvalue())):
             print(

@@ -87,8 +87,8 @@ def heat(
 
 
 def short(value: float) -> str:
-    """A number in few characters: 0.52, 12, 3e-4."""
-    if value == 0 or abs(value) >= 0.01:
+    """A number in few characters: 0.52, 12, 3e-4, nan."""
+    if value == 0 or abs(value) >= 0.01 or np.isnan(value):
         return f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
     mantissa, exponent = f"{value:.0e}".split("e")
     return f"{mantissa}e{int(exponent)}"
@@ -157,7 +157,9 @@ def training_curves(
         middle.set_ylim(0, 110)
         if len(held["step"]):
             error = 100 - 100 * held["accuracy"][-1]
-            left.annotate(short(held["loss"][-1]), (held["step"][-1], held["loss"][-1]), **_END)
+            loss = held["loss"][-1]
+            if np.isfinite(loss):  # else there is no place to write it at
+                left.annotate(short(loss), (held["step"][-1], loss), **_END)
             middle.annotate(f"{error:.1f} %", (held["step"][-1], error), **_END)
         right.plot(train["step"], train["lr"], color=BLACK)
         right.set(xlabel="step", title="learning rate")

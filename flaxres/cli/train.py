@@ -34,6 +34,7 @@ def run(argv: list[str]) -> int:
     default = default_config(argv)
     command = options.parse(Train, argv, "train", Train(default), presets.listing())
     config = command.config.validate()
+    _check_warmup(argv, config)
     from flaxres.cli import progress
     from flaxres.train import loop
 
@@ -54,7 +55,8 @@ def _is_main() -> bool:
 def default_config(argv: list[str]) -> TrainConfig:
     """The configuration that the other flags override: that of --preset, or of the data set.
 
-    A recipe's length gives way to --steps or --epochs, whichever it was given in.
+    A recipe's length gives way to --steps or --epochs, whichever it was given in; so does its
+    warm-up to its two flags, and its drops to a schedule that has none.
     """
     name = _flag(argv, "--preset")
     data = _flag(argv, "--data")
@@ -64,21 +66,37 @@ def default_config(argv: list[str]) -> TrainConfig:
     if data is not None and _flag(argv, "--preset") is None and data != config.data:
         # A data set without a recipe: the digits' recipe for ten epochs.
         config = dataclasses.replace(config, data=data, image_size=None, steps=None, epochs=10)
-    steps, epochs = _flag(argv, "--steps"), _flag(argv, "--epochs")
-    if steps is not None and epochs is None:
-        return dataclasses.replace(config, epochs=None)
-    if epochs is not None and steps is None:
-        return dataclasses.replace(config, steps=None)
-    return config
+    changes: dict[str, Any] = {}
+    for pair in (("steps", "epochs"), ("warmup_steps", "warmup_epochs")):
+        missing = [field for field in pair if _flag(argv, f"--{field.replace('_', '-')}") is None]
+        if len(missing) == 1:
+            changes[missing[0]] = getattr(TrainConfig, missing[0])
+    if _flag(argv, "--schedule") not in (None, "step"):
+        changes["drops"] = TrainConfig.drops
+    return dataclasses.replace(config, **changes)
+
+
+def _check_warmup(argv: list[str], config: TrainConfig) -> None:
+    """Refuse a warm-up as long as the run, if it was asked for; a recipe's is cut to fit."""
+    for unit in ("steps", "epochs"):
+        warmup, length = getattr(config, f"warmup_{unit}"), getattr(config, unit)
+        given = _flag(argv, f"--warmup-{unit}") is not None
+        if given and length is not None and warmup >= length:
+            raise ValueError(
+                f"warmup_{unit} must be less than {unit}={length:g}, the whole run, not {warmup:g}"
+            )
 
 
 def _flag(argv: list[str], name: str) -> str | None:
-    """The value of a flag, as `--flag value` or `--flag=value`."""
+    """The value of a flag, as `--flag value` or `--flag=value`, with hyphens or underscores."""
     for position, argument in enumerate(argv):
-        if argument == name and position + 1 < len(argv):
+        flag, equals, value = argument.partition("=")
+        if flag.replace("_", "-") != name:
+            continue
+        if equals:
+            return value
+        if position + 1 < len(argv):
             return argv[position + 1]
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
     return None
 
 

@@ -60,8 +60,10 @@ def reason() -> str | None:
 
 def describe(form: str) -> str:
     """Who computes convolutions of a form, for a log."""
-    if form != "onednn" or jax.default_backend() != "cpu":
+    if form != "onednn":
         return f"XLA, form {form}"
+    if (backend := jax.default_backend()) != "cpu":
+        return f"XLA, since oneDNN is for the CPU only and this is {backend}"
     return "oneDNN" if available() else f"XLA, since oneDNN is not to be had: {reason()}"
 
 

@@ -157,6 +157,11 @@ class ResNet(nn.Module):
             raise ValueError(f"num_classes must be 0 or more, not {self.num_classes}")
         if not 0 <= self.stochastic_depth < 1:
             raise ValueError(f"stochastic_depth must be in [0, 1), not {self.stochastic_depth}")
+        if self.stochastic_depth and not self.residual:
+            raise ValueError(
+                f"stochastic_depth={self.stochastic_depth:g} needs residual=True: a plain net has "
+                "no branches to drop"
+            )
         if self.block == "basic" and (self.groups, self.base_width) != (1, 64):
             raise ValueError("groups and base_width need block='bottleneck', not 'basic'")
         initialize.resolve(self.residual_init).check(

@@ -59,7 +59,7 @@ class TrainConfig:
     """Where the run is written; a run that is there is continued. Default runs/MODEL-DATA."""
 
     optimizer: str = "sgd"
-    """sgd (Nesterov), adamw, lamb, lars, or any optimiser of optax by name."""
+    """sgd (Nesterov), adamw, lamb, lars, or by name one of optax that needs gradients alone."""
     lr: float = 0.1
     """Peak learning rate."""
     scale_lr: bool = False
@@ -73,9 +73,9 @@ class TrainConfig:
     warmup_epochs: float = 0.0
     """The same in epochs; give one of the two."""
     momentum: float = 0.9
-    """Of sgd and lars; first decay rate of the Adam family."""
+    """Of sgd, lars and rmsprop; first decay rate of the Adam family."""
     weight_decay: float = 5e-4
-    """Decay of the parameters that decay_mask names."""
+    """Decay of the parameters that decay_mask names; 0 is off."""
     decay_mask: tuple[str, ...] = ("/kernel$",)
     """Regular expressions on parameter names; each must match. Norms and biases are left out."""
     layer_decay: float = 1.0
@@ -114,7 +114,9 @@ class TrainConfig:
     """Run equal blocks as one scanned block: compile time and memory flat in depth."""
     remat: Literal["none", "block", "conv"] = "none"
     """Recompute activations in the backward pass to save memory."""
-    conv_form: Literal["auto", "onednn", "lax", "im2col", "rows", "shifts", "s2d"] = "auto"
+    conv_form: Literal["auto", "onednn", "lax", "turned", "im2col", "rows", "shifts", "s2d"] = (
+        "auto"
+    )
     """Form of convolutions: auto is the fastest in pure JAX, onednn needs flaxres[onednn]."""
 
     driver: Literal["auto", "device", "pmap", "mesh"] = "auto"
@@ -202,11 +204,28 @@ class TrainConfig:
                 f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} "
                 "micro-batches"
             )
+        self._check_effect()
         if self.fsdp and self.driver not in ("auto", "mesh"):
             raise ValueError(f"fsdp needs driver=mesh, not {self.driver}")
         if self.profile_steps is not None:
             profile_range(self.profile_steps)
         return self
+
+    def _check_effect(self) -> None:
+        """Refuse what was set and would change nothing."""
+        if self.conv_form == "onednn" and self.dtype != "float32":
+            raise ValueError(f"conv_form=onednn needs dtype=float32, not {self.dtype}")
+        if self.batch_norm != "sync" and self.norm != "batch":
+            raise ValueError(f"batch_norm={self.batch_norm} needs norm=batch, not {self.norm}")
+        if self.ghost_size != TrainConfig.ghost_size and self.batch_norm != "ghost":
+            raise ValueError(
+                f"ghost_size={self.ghost_size} needs batch_norm=ghost, not {self.batch_norm}"
+            )
+        if self.drops != TrainConfig.drops and self.schedule != "step":
+            raise ValueError(
+                f"drops={','.join(f'{drop:g}' for drop in self.drops)} needs schedule=step, not "
+                f"{self.schedule}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain values; tuples become lists."""

@@ -113,6 +113,7 @@ PRESETS: dict[str, Preset] = {
             lr=0.008,
             scale_lr=False,
             schedule="cosine",
+            drops=TrainConfig.drops,
             weight_decay=0.02,
             loss="bce",
             mixup=0.1,

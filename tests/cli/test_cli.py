@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -175,6 +176,48 @@ BAD = {
         ["eval", "--workdir", "nowhere", "--checkpoint", "last"],
         "checkpoint must be a step or best, not 'last'",
     ),
+    "warm-up": (
+        ["train", "--steps", "30", "--warmup-steps", "30"],
+        "warmup_steps must be less than steps=30, the whole run, not 30",
+    ),
+    "warm-up in epochs": (
+        ["train", "--epochs", "1.5", "--warmup-epochs", "2"],
+        "warmup_epochs must be less than epochs=1.5, the whole run, not 2",
+    ),
+    "mask without decay": (
+        ["train", "--decay-mask", "kernle", "--weight-decay", "0"],
+        "decay_mask 'kernle' matches no parameter",
+    ),
+    "part of optax": (
+        ["train", "--optimizer", "lbfgs"],
+        "optimizer 'lbfgs' of optax cannot train with a learning rate and gradients alone",
+    ),
+    "plain depth": (
+        ["train", "--model", "plain20_cifar", "--stochastic-depth", "0.1"],
+        "stochastic_depth=0.1 needs residual=True",
+    ),
+    "no image": (
+        ["info", "resnet18", "--image-size", "0"],
+        "image-size and channels must be positive, not 0 and 3",
+    ),
+    "image of many": (
+        ["info", "resnet1*", "--image-size", "64"],
+        "--image-size 64 needs the name of one model, not resnet1*",
+    ),
+    "classes of none": (
+        ["info", "--num-classes", "5"],
+        "--num-classes 5 needs the name of one model, not none",
+    ),
+    "channels of none": (["info", "--channels", "1"], "--channels 1 needs the name of one model"),
+    "list of one": (["data", "list", "digits"], "flaxres data list takes no name, not 'digits'"),
+    "manual": (
+        ["data", "info", "digits", "--manual-dir", "here"],
+        "--manual-dir here needs flaxres data prepare, not info",
+    ),
+    "nowhere": (
+        ["train", "--steps", "2", "--workdir", "/dev/null/x"],
+        "'/dev/null/x' cannot be written to (Not a directory): use another --workdir",
+    ),
     "prepare": (["data", "prepare", "cifar1O"], "unknown data set 'cifar1O'; did you mean cifar10"),
 }
 
@@ -190,6 +233,15 @@ def test_bad_input_gets_one_sentence_exit_2_and_leaves_nothing(name, capsys, tmp
     assert sentence in err and err.startswith("flaxres: ") and err.count("\n") == 1
     assert "Traceback" not in out + err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_switch_may_be_given_where_the_recipe_has_it_on():
+    from flaxres.cli import options
+    from flaxres.cli.train import Train
+
+    for flag, found in ((["--scale-lr"], True), (["--no-scale-lr"], False), ([], True)):
+        command = options.parse(Train, flag, "train", Train(presets.get("imagenet")))
+        assert command.config.scale_lr is found
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
@@ -261,6 +313,21 @@ def test_curves_say_what_the_loss_of_training_holds(run):
     from flaxres.train.workdir import Workdir
 
     assert _training_loss(Workdir(run)) == "training (smoothed labels)"
+
+
+def test_a_loss_that_is_not_finite_is_drawn_and_reported(run, tmp_path, capsys):
+    from flaxres.cli.train import finish
+    from flaxres.train.results import Result
+    from flaxres.train.workdir import Workdir
+
+    work = Workdir(shutil.copytree(run, tmp_path / "run"))
+    for file in (work.curves, work.report):
+        file.unlink()
+    with work.metrics_file.open("a") as file:
+        file.write('{"step": 7, "split": "eval", "loss": null, "accuracy": 0.1}\n')
+    finish(Result(7, float("nan"), 0.1, 360, 0.0, 1.0, "0", str(work.path)), True)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["loss"] is None
+    assert work.curves.is_file() and work.report.is_file()
 
 
 @pytest.mark.parametrize("extra, code", [(["--lr", "1e30"], 1), ([], 0)])

@@ -242,6 +242,12 @@ def test_bad_arguments_are_named(arguments, sentence):
     assert sentence in str(error.value)
 
 
+def test_log_says_that_onednn_is_for_the_cpu(monkeypatch):
+    monkeypatch.setattr(onednn.jax, "default_backend", lambda: "gpu")
+    assert onednn.describe("onednn") == "XLA, since oneDNN is for the CPU only and this is gpu"
+    assert onednn.describe("rows") == "XLA, form rows"
+
+
 def test_without_onednn_the_pure_form_is_taken(monkeypatch):
     monkeypatch.setattr(onednn, "available", lambda: False)
     jax.clear_caches()

@@ -127,6 +127,7 @@ def test_unknown_field_answers_with_the_closest():
         ({"activation": "swish9"}, "unknown activation 'swish9'"),
         ({"widths": (64, 128)}, "2 widths .* do not fit 4 stages"),
         ({"num_classes": -1}, "num_classes must be 0 or more, not -1"),
+        ({"stochastic_depth": 0.1, "residual": False}, "stochastic_depth=0.1 needs residual=True"),
         ({"stochastic_depth": 1.0}, r"stochastic_depth must be in \[0, 1\), not 1.0"),
         ({"stage_sizes": (2, 0, 2, 2)}, "stage_sizes must be positive"),
     ],

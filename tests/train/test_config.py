@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from flaxres.nets import zoo
+from flaxres.nets import conv, zoo
 from flaxres.train import presets
 from flaxres.train.config import MAY_DIFFER, TrainConfig, profile_range
 
@@ -44,6 +44,17 @@ def test_recipes_say_what_was_published():
         ({"warmup_steps": 1, "warmup_epochs": 1.0}, "give warmup_steps or warmup_epochs"),
         ({"batch_size": 10, "accumulate": 3}, "does not divide into accumulate=3"),
         ({"fsdp": True, "driver": "pmap"}, "fsdp needs driver=mesh, not pmap"),
+        (
+            {"conv_form": "onednn", "dtype": "bfloat16"},
+            "conv_form=onednn needs dtype=float32, not bfloat16",
+        ),
+        (
+            {"batch_norm": "ghost", "norm": "group"},
+            "batch_norm=ghost needs norm=batch, not group",
+        ),
+        ({"batch_norm": "device", "norm": "none"}, "needs norm=batch, not none"),
+        ({"ghost_size": 8}, "ghost_size=8 needs batch_norm=ghost, not sync"),
+        ({"drops": (0.3, 0.6)}, "drops=0.3,0.6 needs schedule=step, not cosine"),
         ({"drops": (0.5, 1.5)}, "drops must be between 0 and 1"),
         ({"ema": 1.0}, "ema must be between 0 and 1, not 1.0"),
         ({"seed": -1}, "seed must be 0 or more, not -1"),
@@ -65,6 +76,11 @@ def test_difference_names_fields_that_make_another_run():
 
 def test_fields_that_may_differ_exist():
     assert {f.name for f in dataclasses.fields(TrainConfig)} >= MAY_DIFFER
+
+
+def test_every_form_of_convolutions_is_accepted():
+    for form in conv.FORMS:
+        assert TrainConfig(conv_form=form).validate().conv_form == form
 
 
 def test_unknown_fields_of_a_file_are_named():
