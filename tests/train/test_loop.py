@@ -144,10 +144,11 @@ def test_evaluate_gives_the_numbers_of_the_run(whole):
         loop.evaluate(whole.workdir, 5)
 
 
-def test_evaluation_asks_nothing_that_only_training_needs(tmp_path):
-    """Neither 12 images, nor their micro-batches, pairs or groups, fit eight devices."""
+@pytest.mark.parametrize("groups", [{}, {"batch_norm": "ghost", "ghost_size": 4}])
+def test_evaluation_asks_nothing_that_only_training_needs(tmp_path, groups):
+    """Neither 12 images, nor their micro-batches and pairs, fit eight devices."""
     changes = {"batch_size": 12, "accumulate": 3, "mixup": 0.2, "steps": 2, "eval_every": 2}
-    result = loop.train(config(tmp_path, **changes, batch_norm="ghost", ghost_size=4))
+    result = loop.train(config(tmp_path, **changes, **groups))
     assert loop.evaluate(result.workdir).accuracy == pytest.approx(result.accuracy, abs=1e-6)
 
 
