@@ -75,7 +75,7 @@ def _rows(model: ResNet) -> list[Row]:
                 residual=model.residual,
             )
             kind = made.kind(channels)
-            can, why = _identity(kind, model.style)
+            can, why = _identity(kind, model.style, model.activation)
             rows.append(
                 Row(
                     address=f"stage{stage}/block{block}",
@@ -91,11 +91,13 @@ def _rows(model: ResNet) -> list[Row]:
     return rows
 
 
-def _identity(kind: str, style: str) -> tuple[bool, str]:
-    if kind == "identity" and style == "v2":
+def _identity(kind: str, style: str, activation: str) -> tuple[bool, str]:
+    if kind == "identity" and (style == "v2" or activation == "identity"):
         return True, "with a zero branch exactly its input"
-    if kind == "identity":
+    if kind == "identity" and activation == "relu":
         return True, "with a zero branch relu of its input, which is non-negative already"
+    if kind == "identity":
+        return False, f"with a zero branch {activation} of its input, which is not its input"
     if kind == "plain":
         return False, "no shortcut: with zero weights it gives one constant"
     return False, f"a {kind} shortcut changes the shape or the values"
@@ -263,8 +265,9 @@ def deepen(
 
     The new branches start as their model's do, drawn from `seed`, but give exactly 0 (zero last
     scale in v1, zero last convolution in v2 or without norm, zero multiplier where there is one),
-    so that logits stay the same bit for bit, in training and evaluation, and the new blocks learn
-    from the first step (Chen 2015, arXiv 1511.05641; Gong 2019).
+    so that logits stay the same bit for bit, in evaluation and, but for stochastic depth, whose
+    rates follow the depth, in training; and the new blocks learn from the first step (Chen 2015,
+    arXiv 1511.05641; Gong 2019).
 
     Args:
       model: a residual model.
@@ -282,6 +285,16 @@ def deepen(
         raise ValueError(
             "a net with projections everywhere (shortcut='C') cannot be deepened: no block of it "
             "can be the identity"
+        )
+    if model.style == "v1" and model.activation not in ("relu", "identity"):
+        raise ValueError(
+            f"a net of style='v1' with activation={model.activation!r} cannot be deepened: a zero "
+            "block would apply it once more; use style='v2', or relu, which changes nothing twice"
+        )
+    if initialize.resolve(model.residual_init).inner == "zero":
+        raise ValueError(
+            "blocks that start as residual_init='zero_branch' would never learn; deepen "
+            "model.clone(residual_init='default')"
         )
     sizes = list(model.stage_sizes)
     for stage, count in add.items():

@@ -50,20 +50,22 @@ def stack_tree(tree: Any, model: ResNet) -> Any:
     """Stack the runs of blocks that `model` scans, in every subtree of stages.
 
     Which blocks are equal is the model's to say, since a strided block can have the shapes of the
-    next one. Raises ValueError if the tree lacks blocks that the model has.
+    next one. Raises ValueError if the tree lacks blocks that the model has, or has others.
     """
     scanned = model.clone(scan=True)
 
     def convert(name: str, stage: dict[str, Any]) -> dict[str, Any]:
+        runs = block_runs(scanned, int(name[len("stage") :]))
+        names = [f"block{block}" for first, last in runs for block in range(first, last + 1)]
+        if not stage:  # such as batch statistics of a net without norms
+            return stage
+        if missing := [block for block in names if block not in stage]:
+            raise ValueError(f"{name} has no {missing[0]}, which the model has")
+        if strange := [block for block in stage if block not in names]:
+            raise ValueError(f"{name} has a {strange[0]}, which the model has not")
         stacked = {}
-        for first, last in block_runs(scanned, int(name[len("stage") :])):
-            names = [f"block{block}" for block in range(first, last + 1)]
-            missing = [block for block in names if block not in stage]
-            if missing and len(missing) < len(names):
-                raise ValueError(f"{name} has no {missing[0]}, which the model has")
-            if missing:  # such as batch statistics of a net without norms
-                continue
-            blocks = [stage[block] for block in names]
+        for first, last in runs:
+            blocks = [stage[f"block{block}"] for block in range(first, last + 1)]
             whole = blocks[0] if first == last else jax.tree.map(_stack, *blocks)
             stacked[run_name(first, last)] = whole
         return stacked

@@ -1,4 +1,4 @@
-"""Convolution in the form that the backend likes: a drop-in for `nn.Conv`.
+"""Convolution in the form that the backend likes, with the parameters of `nn.Conv`.
 
 A convolution is linear in its input and in its kernel, and so are its two gradients: `conv_p`,
 `input_p` and `weight_p` below are each other's transposes. So derivatives of any order, forward
@@ -129,8 +129,9 @@ def choose(which: str, platform: str, geometry: Geometry, channels: int) -> str:
 def _run(which: str, platform: str, a: jax.Array, b: jax.Array, *, geometry: Geometry) -> jax.Array:
     """One pass, as it is compiled for a platform."""
     form = geometry.form
+    channels = b.shape[-2] if which != "weight" else a.shape[-1] // geometry.groups
     if geometry.mapped:
-        form = choose(which, platform, geometry, 0) if form == "auto" else form
+        form = choose(which, platform, geometry, channels) if form == "auto" else form
         one = dataclasses.replace(geometry, mapped=False, form=form)
         return jax.vmap(partial(_run, which, platform, geometry=one))(a, b)
     if form == "onednn":
@@ -138,7 +139,6 @@ def _run(which: str, platform: str, a: jax.Array, b: jax.Array, *, geometry: Geo
             return onednn.convolve(which, a, b, geometry)
         form = "auto"
     if form == "auto":
-        channels = b.shape[2] if which != "weight" else a.shape[-1] // geometry.groups
         form = choose(which, platform, geometry, channels)
     run = forms.FORMS[which][form]
     if geometry.kernel != (1, 1) and form not in ("lax", "turned"):
@@ -213,7 +213,10 @@ ad.defbilinear(
 
 
 class Conv(nn.Module):
-    """A drop-in for `nn.Conv` in two dimensions: the same names, shapes and results."""
+    """`nn.Conv` in two dimensions, undilated: the same names, shapes and results.
+
+    What is not said differs: there is no bias, padding is symmetric and kernels start as He's.
+    """
 
     features: int
     kernel_size: int | Sequence[int]

@@ -79,15 +79,22 @@ def _moments(
     x: jax.Array, axis: str | None, by_onednn: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and biased variance over axis 1 of `[groups, n, channels]`, float32."""
-    if by_onednn and onednn.takes(x):
-        sums = jax.vmap(onednn.moments)(x)
-        mean, square = (s / x.shape[1] for s in sums)
-    else:
+
+    def plain(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = x.astype(jnp.float32)
-        mean, square = (_sum(values) / x.shape[1] for values in (x, jnp.square(x)))
+        return _sum(x), _sum(jnp.square(x))
+
+    bridged = by_onednn and onednn.takes(x)
+    sums = _on_cpu(jax.vmap(onednn.moments), plain, x) if bridged else plain(x)
+    mean, square = (s / x.shape[1] for s in sums)
     if axis is not None:
         mean, square = jax.lax.pmean((mean, square), axis)
     return mean, jnp.maximum(square - jnp.square(mean), 0.0)
+
+
+def _on_cpu(bridge: Any, plain: Any, *operands: jax.Array) -> Any:
+    """The bridge where it is compiled for a CPU, else the plain form."""
+    return jax.lax.platform_dependent(*operands, cpu=bridge, default=plain)
 
 
 def _sum(x: jax.Array) -> jax.Array:
@@ -132,21 +139,27 @@ def _normalize_backward(how: _How, kept: Any, cotangents: Any) -> Any:
     dy = cotangents[0].astype(jnp.float32)
     inverse = jax.lax.rsqrt(var + how.epsilon)
     factor = inverse * scale
+    operands = (x, dy, mean, factor, bias.astype(jnp.float32))
+    dz = _masked(x, dy, mean, factor, bias, how)
     if how.by_onednn and onednn.takes(x):
-        in_axes = (0, 0, 0, 0, None, None)
-        sums = jax.vmap(onednn.gradients, in_axes)(x, dy, mean, factor, bias, how.relu)
-        dz = _masked(x, dy, mean, factor, bias, how)
+        bridge = jax.vmap(functools.partial(onednn.gradients, relu=how.relu), (0, 0, 0, 0, None))
+        plain = lambda x, dy, mean, f, b: _sums(x, _masked(x, dy, mean, f, b, how), mean)
+        total, product = _on_cpu(bridge, plain, *operands)
     else:
-        dz = standing(_masked(x, dy, mean, factor, bias, how))
-        total = _sum(dz)
-        sums = total, _sum(dz * x.astype(jnp.float32)) - mean * total
-    total, product = sums
+        dz = standing(dz)
+        total, product = _sums(x, dz, mean)
     product = product * inverse
     both = (total, product) if how.axis is None else jax.lax.pmean((total, product), how.axis)
     shift, slope = (s[:, None] / x.shape[1] for s in both)
     normal = (x.astype(jnp.float32) - mean[:, None]) * inverse[:, None]
     dx = factor[:, None] * (dz - shift - normal * slope)
     return dx.astype(x.dtype), product.sum(0).astype(scale.dtype), total.sum(0).astype(bias.dtype)
+
+
+def _sums(x: jax.Array, dz: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Σ dz and Σ dz · (x - mean) over axis 1."""
+    total = _sum(dz)
+    return total, _sum(dz * x.astype(jnp.float32)) - mean * total
 
 
 def _masked(

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 
-def max_pool(x: jax.Array, strides: int = 2) -> jax.Array:
+def max_pool(x: jax.Array, strides: int = 2, plain: bool = False) -> jax.Array:
     """Maximum over 3×3 pixels, symmetrically padded; x `[batch, height, width, channels]`.
 
-    The gradient goes to the first maximum of a window, as that of `nn.max_pool`.
+    The gradient goes to the first maximum of a window, as that of `nn.max_pool`, which `plain`
+    takes, for derivatives in forward mode.
     """
-    if strides == 2 and x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0:
+    if not plain and strides == 2 and x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0:
         return _halving_pool(x)
     return _window_pool(x, strides)
 
@@ -33,7 +34,7 @@ def _halving_pool(x: jax.Array) -> jax.Array:
 def _forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     def general(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         out = _window_pool(x, 2)
-        return out, jnp.zeros(out.shape, jnp.int8)
+        return out, jnp.zeros_like(out, jnp.int8)
 
     y, place = jax.lax.platform_dependent(x, cpu=_by_parity, default=general)
     return y, (x, place)

@@ -29,6 +29,7 @@ _CHOICES = {
     "shortcut": ("A", "B", "C"),
     "norm": ("batch", "group", "none"),
     "remat": ("none", "block", "conv"),
+    "norm_form": (None, "auto", "onednn", "plain"),
 }
 
 
@@ -74,7 +75,7 @@ class ResNet(nn.Module):
     avg_down: bool = False
     """Average-pool before the projection (ResNet-D)."""
     antialias: bool = False
-    """Blur where the net subsamples (Zhang 2019)."""
+    """Blur where branches and the stem's pool subsample (Zhang 2019, arXiv 1904.11486)."""
     stochastic_depth: float = 0.0
     """Rate at which the last block's branch is dropped; earlier ones linearly less."""
     activation: str = "relu"
@@ -110,6 +111,7 @@ class ResNet(nn.Module):
             self.activation,
             self._conv(),
             self._norm(),
+            functools.partial(max_pool, plain=self.norm_form == "plain"),
             name="stem",
         )(x.astype(self.dtype), train)
         rates = self.drop_rates()
@@ -142,9 +144,8 @@ class ResNet(nn.Module):
         """Raise ValueError if a field, or a combination of them, makes no model."""
         for field, accepted in _CHOICES.items():
             if getattr(self, field) not in accepted:
-                raise ValueError(
-                    f"unknown {field} {getattr(self, field)!r} (accepted: {', '.join(accepted)})"
-                )
+                names = ", ".join(map(str, accepted))
+                raise ValueError(f"unknown {field} {getattr(self, field)!r} (accepted: {names})")
         activation(self.activation)
         if not self.stage_sizes or min(self.stage_sizes) < 1:
             raise ValueError(f"stage_sizes must be positive, not {self.stage_sizes}")
@@ -263,6 +264,7 @@ class Stem(nn.Module):
     activation: str
     conv: ModuleDef
     norm: ModuleDef
+    pool: ModuleDef
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -280,7 +282,7 @@ class Stem(nn.Module):
             x = self.norm(name="norm3" if self.kind == "deep" else "norm")(x, train, act)
         if self.kind == "cifar":
             return x
-        return blur(max_pool(x, 1), 2) if self.antialias else max_pool(x, 2)
+        return blur(self.pool(x, 1), 2) if self.antialias else self.pool(x, 2)
 
 
 class Stage(nn.Module):

@@ -266,6 +266,16 @@ def refuse(operation, **fields):
         (lambda m, v: branches.deepen(m, v, {"stage1": 0}), {}, "at least 1, not 0"),
         (lambda m, v: branches.deepen(m, v, {"stage1": 1}), {"residual": False}, "plain net"),
         (lambda m, v: branches.deepen(m, v, {"stage1": 1}), {"shortcut": "C"}, "projections"),
+        (
+            lambda m, v: branches.deepen(m, v, {"stage1": 1}),
+            {"activation": "gelu"},
+            "activation='gelu' cannot be deepened",
+        ),
+        (
+            lambda m, v: branches.deepen(m, v, {"stage1": 1}),
+            {"residual_init": "zero_branch"},
+            "would never learn",
+        ),
         (lambda m, v: branches.interpolate(m, v, v["params"], 0.5), {}, "different models"),
     ],
 )

@@ -77,3 +77,12 @@ def test_missing_block_is_named():
     del variables["params"]["stage1"]["block2"]
     with pytest.raises(ValueError, match="stage1 has no block2, which the model has"):
         layout.stack(model, variables)
+
+
+def test_blocks_that_the_model_has_not_are_named():
+    model, variables = model_and_variables()
+    shorter = model.clone(stage_sizes=tuple(size - 1 for size in model.stage_sizes))
+    with pytest.raises(ValueError, match=r"stage1 has a block\d, which the model has not"):
+        layout.stack(shorter, variables)
+    with pytest.raises(ValueError, match="stage1 has no block1"):
+        layout.stack_tree(layout.stack(model, variables)[1], model)

@@ -169,6 +169,19 @@ def test_network_singular_values_are_those_of_the_dense_jacobian():
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_network_jacobian_passes_the_pool_of_an_imagenet_stem(train):
+    model = flaxres.create_model(
+        "resnet18", stage_sizes=(1,), widths=(4,), stem_width=4, num_classes=3
+    )
+    image = IMAGES[:2, :8, :8]
+    variables = model.init(jax.random.key(0), image)
+    function, point = probes.network_jacobian(model, variables, image, train)
+    jacobian = jax.jacrev(function)(point).reshape(function(point).size, -1)
+    found = probes.singular_values(function, point, jax.random.key(0))
+    np.testing.assert_allclose(found[0], np.linalg.svd(jacobian)[1][0], rtol=1e-3)
+
+
 def test_jacobians_are_taken_of_training_batches_too():
     model, variables = small()
     images = IMAGES[:2, :4, :4]

@@ -209,6 +209,13 @@ def test_an_empty_batch_gives_an_empty_batch():
     assert conv(X[:0], K).shape == (0, 6, 5, 4)
 
 
+def test_vmapped_kernels_choose_by_their_own_channels(monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "choose", lambda *args: seen.append(args[3]) or "im2col")
+    jax.vmap(lambda x, k: conv(x, k, (2, 2)))(jnp.stack([X, X]), jnp.stack([K, K]))
+    assert set(seen) == {X.shape[-1]}
+
+
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
 def test_accelerators_get_their_own_convolution_and_tpus_a_deep_stem(platform):
     block = Geometry((56, 56), (3, 3), pads=((1, 1), (1, 1)))

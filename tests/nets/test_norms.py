@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import AxisType, PartitionSpec
 
 from flaxres.nets import onednn
 from flaxres.nets.norms import BatchNorm
@@ -133,3 +134,37 @@ def test_pool_is_that_of_flax_ties_included(shape, dtype):
     chex.assert_trees_all_equal(ours[1], theirs[1])
     rounding = 1e-2 if dtype == jnp.bfloat16 else 1e-6
     chex.assert_trees_all_close(ours[0], theirs[0], rtol=rounding, atol=rounding)
+
+
+def test_plain_pool_has_forward_mode_and_is_the_same():
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    y, tangent = jax.jvp(functools.partial(max_pool, plain=True), (x,), (jnp.ones_like(x),))
+    chex.assert_trees_all_equal(y, max_pool(x))
+    chex.assert_trees_all_equal(tangent, jnp.ones_like(y))
+
+
+def test_pool_differentiates_in_shard_map_with_its_checks():
+    x = jax.random.normal(jax.random.key(1), (8, 4, 4, 3))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def loss(x):
+        return jax.lax.psum(jnp.sum(max_pool(x) ** 2), "data")
+
+    sharded = jax.shard_map(
+        jax.grad(loss), mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data")
+    )
+    theirs = jax.grad(lambda x: jnp.sum(max_pool(x) ** 2))(x)
+    chex.assert_trees_all_close(jax.jit(sharded)(x), theirs, rtol=1e-6)
+
+
+def test_without_a_cpu_the_bridge_stands_in_no_program(monkeypatch):
+    monkeypatch.setattr(onednn, "available", lambda: True)
+    norm = BatchNorm(form="onednn")
+
+    def loss(x):
+        y, _ = norm.apply(VARIABLES, x, True, nn.relu, mutable=["batch_stats"])
+        return jnp.sum(y**2)
+
+    traced = jax.jit(jax.grad(loss)).trace(X)
+    assert "onednn" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "onednn" not in traced.lower(lowering_platforms=("cuda",)).as_text()
