@@ -103,7 +103,7 @@ class Context:
         self._fitted: dict[Any, Any] = {}
 
     def model(self, name: str, **fields: Any) -> ResNet:
-        """A model of the zoo with the classes of the data; deep ones scanned."""
+        """A model of the zoo with the classes of the data."""
         fields = {"num_classes": self.info.num_classes, **fields}
         return self._make(name, **fields)
 
@@ -196,6 +196,11 @@ class Context:
     def each_seed(self, value: Callable[[int], float]) -> list[float]:
         """A number for each seed."""
         return [float(value(seed)) for seed in range(self.settings.seeds)]
+
+    def means(self, measure: Callable[[int], dict[str, float]]) -> dict[str, float]:
+        """Over the seeds, the mean of each of the numbers that `measure` gives for one."""
+        found = [measure(seed) for seed in range(self.settings.seeds)]
+        return {name: float(np.mean([numbers[name] for numbers in found])) for name in found[0]}
 
 
 @functools.partial(jax.jit, static_argnums=0)

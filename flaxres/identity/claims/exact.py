@@ -238,25 +238,25 @@ def _gradients_shatter(context: Context) -> Judged:
 
 def _decay_alone(context: Context) -> Judged:
     """Multiply kernels by (1 - ηλ)^t, which is all that decay does without data."""
-    factors = np.geomspace(1, 1e-2, 5)
+    factors = [float(factor) for factor in np.geomspace(1, 1e-2, 5)]
     lines, numbers = {}, {}
     for norm in ("none", "batch"):
         for kind in ("resnet", "plain"):
             model = context.model(f"{kind}20_cifar", norm=norm, num_classes=0)
             variables = context.start(model)
-            target = model.apply(branches.zero(model, variables, "*", "all"), context.images)
-            values = []
-            for factor in factors:
-                shrunk = _decayed(variables, float(factor))
-                out = model.apply(shrunk, context.images, train=norm == "batch", mutable=True)[0]
-                size = (
-                    jnp.linalg.norm(target)
-                    if kind == "resnet"
-                    else jnp.linalg.norm(model.apply(variables, context.images))
-                )
-                values.append(float(jnp.linalg.norm(out - target) / size))
+
+            # Statistics of the batch, with which a net trains, for all three.
+            def output(variables: Any, model: Any = model, train: bool = norm == "batch") -> Any:
+                return model.apply(variables, context.images, train=train, mutable=True)[0]
+
+            target = output(branches.zero(model, variables, "*", "all"))
+            size = jnp.linalg.norm(target if kind == "resnet" else output(variables))
+            values = [
+                float(jnp.linalg.norm(output(_decayed(variables, factor)) - target) / size)
+                for factor in factors
+            ]
             label = f"{kind}, {'batch norm' if norm == 'batch' else 'no norm'}"
-            lines[label] = ([float(f) for f in factors], [max(v, 1e-8) for v in values])
+            lines[label] = (factors, [max(v, 1e-8) for v in values])
             numbers[f"distance from the goal, kernels ×0.01: {label}"] = values[-1]
     reached = {label: y[-1] < 0.01 for label, (_, y) in lines.items()}
     free = reached["resnet, no norm"] and reached["plain, no norm"]

@@ -1,7 +1,6 @@
 """Claims that need trained nets: degradation, early layers, lesions, growing."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,126 +71,142 @@ def _failure_is_overfitting(context: Context) -> Judged:
 
 
 def _early_layers_stop(context: Context) -> Judged:
-    lines, stem = {}, {}
-    for kind in ("plain", "resnet"):
-        fitted = context.fit(f"{kind}{_DEEP}_cifar")
-        start = context.start(fitted.model, fitted.config.seed)
-        moved = probes.movement(fitted.model, start, fitted.variables)
-        blocks = [float(v) for v in moved["blocks"]]
-        lines[kind] = ([float(i) for i in range(1, len(blocks) + 1)], blocks)
-        third = len(blocks) // 3
-        stem[kind] = float(np.mean(blocks[:third]) / np.mean(blocks[-third:]))
-    numbers = {f"first third over last third: {kind}": value for kind, value in stem.items()}
-    stops = stem["plain"] < 0.1
-    numbers["residual over plain"] = stem["resnet"] / stem["plain"]
-    text = f"first third moves {stem['plain']:.2f}× as far as the last (residual: "
-    series = Series("block", "‖w − w₀‖ / ‖w₀‖", lines, True)
-    return numbers, Verdict.of(stops), f"{text}{stem['resnet']:.2f}×)", series
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+
+    def measure(seed: int) -> dict[str, float]:
+        numbers = {}
+        for kind in ("plain", "resnet"):
+            blocks = _movement(context, f"{kind}{_DEEP}_cifar", seed)
+            lines[f"{kind} · {seed}"] = ([float(i) for i in range(1, len(blocks) + 1)], blocks)
+            third = len(blocks) // 3
+            share = float(np.mean(blocks[:third]) / np.mean(blocks[-third:]))
+            numbers[f"first third over last third: {kind}"] = share
+        return numbers
+
+    numbers = context.means(measure)
+    plain, residual = (numbers[f"first third over last third: {k}"] for k in ("plain", "resnet"))
+    numbers["residual over plain"] = residual / plain
+    text = f"first third moves {plain:.2f}× as far as the last (residual: {residual:.2f}×)"
+    return numbers, Verdict.of(plain < 0.1), text, Series("block", "‖w − w₀‖ / ‖w₀‖", lines, True)
+
+
+def _movement(context: Context, name: str, seed: int) -> list[float]:
+    """How far training moved each block."""
+    fitted = context.fit(name, seed)
+    start = context.start(fitted.model, seed)
+    moved = probes.movement(fitted.model, start, fitted.variables)
+    return [float(block) for block in moved["blocks"]]
 
 
 def _shortcuts_help_early_layers(context: Context) -> Judged:
-    shares = {}
-    for kind in ("plain", "resnet"):
-        fitted = context.fit(f"{kind}{_DEEP}_cifar")
-        history = fitted.history["accuracy"]
-        start = context.start(fitted.model, fitted.config.seed)
-        moved = probes.movement(fitted.model, start, fitted.variables)
-        third = len(moved["blocks"]) // 3
-        shares[kind] = float(np.mean(moved["blocks"][:third]))
-        shares[f"{kind} accuracy"] = float(np.mean(history[-20:]))
+    def measure(seed: int) -> dict[str, float]:
+        numbers = {}
+        for kind in ("plain", "resnet"):
+            name = f"{kind}{_DEEP}_cifar"
+            blocks = _movement(context, name, seed)
+            numbers[kind] = float(np.mean(blocks[: len(blocks) // 3]))
+            history = context.fit(name, seed).history["accuracy"]
+            numbers[f"{kind} accuracy"] = float(np.mean(history[-20:]))
+        return numbers
+
+    numbers = context.means(measure)
     # What counts is what the movement buys, since noise moves weights too.
-    gain = {k: shares[f"{k} accuracy"] / max(shares[k], 1e-9) for k in ("plain", "resnet")}
-    numbers = {
-        **shares,
-        "accuracy per movement, residual over plain": gain["resnet"] / gain["plain"],
-    }
-    return (
-        numbers,
-        Verdict.of(gain["resnet"] > gain["plain"]),
-        f"accuracy gained per movement of the first third: ×{gain['resnet'] / gain['plain']:.1f}",
-        None,
+    plain, residual = (
+        numbers[f"{kind} accuracy"] / max(numbers[kind], 1e-9) for kind in ("plain", "resnet")
     )
+    numbers["accuracy per movement, residual over plain"] = residual / plain
+    text = f"accuracy gained per movement of the first third: ×{residual / plain:.1f}"
+    return numbers, Verdict.of(residual > plain), text, None
 
 
 def _lesion(context: Context) -> Judged:
     lines: dict[str, tuple[list[float], list[float]]] = {}
-    worst: dict[str, float] = {}
-    numbers: dict[str, float] = {}
-    for kind in ("resnet", "plain"):
-        fitted = context.fit(f"{kind}{_SHALLOW}_cifar")
-        model, variables = layout.unstack(fitted.model, fitted.variables)
-        whole = context.accuracy(model, variables)
-        places, values = [], []
-        for row in branches.table(model, variables):
-            if row.keeps_shape:
-                left = branches.drop(model, variables, row.address)
-                places.append(float(row.depth))
-                values.append(100 * context.accuracy(*left))
-        lines[kind] = (places, values)
-        worst[kind] = float(np.mean(values))
-        numbers |= {
-            f"{kind} whole, %": 100 * whole,
-            f"{kind} without one block, mean %": worst[kind],
-            f"{kind} without one block, least %": float(np.min(values)),
-        }
-    kept = {k: worst[k] / numbers[f"{k} whole, %"] for k in worst}
-    holds = kept["resnet"] > 0.75 and kept["plain"] < 0.5
-    text = ", ".join(
-        f"{k} {numbers[f'{k} whole, %']:.0f} % → {worst[k]:.0f} %" for k in ("resnet", "plain")
+
+    def measure(seed: int) -> dict[str, float]:
+        numbers: dict[str, float] = {}
+        for kind in ("resnet", "plain"):
+            fitted = context.fit(f"{kind}{_SHALLOW}_cifar", seed)
+            model, variables = layout.unstack(fitted.model, fitted.variables)
+            places, values = [], []
+            for row in branches.table(model, variables):
+                if row.keeps_shape:
+                    left = branches.drop(model, variables, row.address)
+                    places.append(float(row.depth))
+                    values.append(100 * context.accuracy(*left))
+            lines[f"{kind} · {seed}"] = (places, values)
+            numbers |= {
+                f"{kind} whole, %": 100 * context.accuracy(model, variables),
+                f"{kind} without one block, mean %": float(np.mean(values)),
+                f"{kind} without one block, least %": float(np.min(values)),
+            }
+        return numbers
+
+    numbers = context.means(measure)
+    whole, left = (
+        {kind: numbers[f"{kind} {what}"] for kind in ("resnet", "plain")}
+        for what in ("whole, %", "without one block, mean %")
     )
+    kept = {kind: left[kind] / whole[kind] for kind in whole}
+    holds = kept["resnet"] > 0.75 and kept["plain"] < 0.5
+    text = ", ".join(f"{kind} {whole[kind]:.0f} % → {left[kind]:.0f} %" for kind in whole)
     series = Series("block taken out", "test accuracy, %", lines)
     return numbers, Verdict.of(holds), f"one block taken out: {text}", series
 
 
 def _deepening(context: Context) -> Judged:
+    numbers = context.means(lambda seed: _deepened(context, seed))
+    before, after = (numbers[f"test accuracy {when}, %"] for when in ("before", "after going on"))
+    change = numbers["largest difference of logits"]
+    text = (
+        f"max |Δ logits| = {change:g}; test accuracy {before:.1f} % → {after:.1f} % with nine more "
+        "blocks"
+    )
+    return numbers, Verdict.of(change == 0 and after >= before - 1), text, None
+
+
+def _deepened(context: Context, seed: int) -> dict[str, float]:
     from flaxres.train import fit
 
-    fitted = context.fit("resnet8_cifar")
+    fitted = context.fit("resnet8_cifar", seed)
     model, variables = layout.unstack(fitted.model, fitted.variables)
     deeper, more = branches.deepen(model, variables, {f"stage{s}": 3 for s in (1, 2, 3)})
     images = context.images[:16]
     # Operation by operation, as the claim says: a compiler may round two programs differently.
-    change = float(jnp.max(jnp.abs(model.apply(variables, images) - deeper.apply(more, images))))
-    jitted = float(
-        jnp.max(
-            jnp.abs(jax.jit(model.apply)(variables, images) - jax.jit(deeper.apply)(more, images))
-        )
-    )
+    change = jnp.abs(model.apply(variables, images) - deeper.apply(more, images))
+    jitted = jnp.abs(jax.jit(model.apply)(variables, images) - jax.jit(deeper.apply)(more, images))
     config = dataclasses.replace(fitted.config, steps=context.settings.steps // 3, lr=0.02)
     grown = fit(config, start=(deeper, more))
-    numbers = {
-        "largest difference of logits": change,
-        "largest difference of logits, each compiled": jitted,
+    return {
+        "largest difference of logits": float(jnp.max(change)),
+        "largest difference of logits, each compiled": float(jnp.max(jitted)),
         "test accuracy before, %": 100 * fitted.accuracy,
         "test accuracy after going on, %": 100 * grown.accuracy,
     }
-    holds = change == 0 and grown.accuracy >= fitted.accuracy - 0.01
-    text = (
-        f"max |Δ logits| = {change:g}; test accuracy {100 * fitted.accuracy:.1f} % → "
-        f"{100 * grown.accuracy:.1f} % with nine more blocks"
-    )
-    return numbers, Verdict.of(holds), text, None
 
 
 def _branches_are_small(context: Context) -> Judged:
     lines: dict[str, tuple[list[float], list[float]]] = {}
-    for name, variables, model in _at_start_and_end(context):
-        ratio = probes.identity(model, variables, context.images, train=True)["ratio"]
-        lines[name] = ([float(i) for i in range(1, len(ratio) + 1)], [float(r) for r in ratio])
-    means = {name: float(np.median(y)) for name, (_, y) in lines.items()}
-    numbers = {f"median ratio {name}": value for name, value in means.items()}
-    text = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
+
+    def measure(seed: int) -> dict[str, float]:
+        fitted = context.fit(f"resnet{_DEEP}_cifar", seed)
+        numbers = {}
+        for when, variables in (
+            ("at the start", context.start(fitted.model, seed)),
+            ("trained", fitted.variables),
+        ):
+            found = probes.identity(fitted.model, variables, context.images, train=True)["ratio"]
+            ratios = [float(ratio) for ratio in found]
+            lines[f"{when} · {seed}"] = ([float(i) for i in range(1, len(ratios) + 1)], ratios)
+            numbers[f"median ratio {when}"] = float(np.median(ratios))
+        return numbers
+
+    numbers = context.means(measure)
+    text = ", ".join(
+        f"{name.removeprefix('median ratio ')} {value:.2f}" for name, value in numbers.items()
+    )
     series = Series("block", "‖branch‖ / ‖shortcut‖", lines, True)
-    return numbers, Verdict.of(means["trained"] < 1), f"median ‖branch‖/‖shortcut‖: {text}", series
-
-
-def _at_start_and_end(context: Context) -> list[tuple[str, Any, Any]]:
-    fitted = context.fit(f"resnet{_DEEP}_cifar")
-    start = context.start(fitted.model, fitted.config.seed)
-    return [
-        ("at the start", start, fitted.model),
-        ("trained", fitted.variables, fitted.model),
-    ]
+    holds = numbers["median ratio trained"] < 1
+    return numbers, Verdict.of(holds), f"median ‖branch‖/‖shortcut‖: {text}", series
 
 
 CLAIMS = (
