@@ -26,12 +26,11 @@ _PUBLIC: dict[str, tuple[str, str | None]] = {
     "train": ("flaxres.train", None),
     "data": ("flaxres.data", None),
     "nets": ("flaxres.nets", None),
-    "interop": ("flaxres.interop", None),
 }
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
-    from flaxres import data, interop, nets, train
+    from flaxres import data, nets, train
     from flaxres.identity import branches, layout, probes
     from flaxres.nets.blocks import BasicBlock, BottleneckBlock, Residual
     from flaxres.nets.initialize import ResidualInit

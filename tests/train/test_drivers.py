@@ -139,7 +139,7 @@ def test_state_is_donated_and_the_step_compiled_once(driver):
 
 @pytest.mark.parametrize("driver", ["device", "pmap", "mesh"])
 def test_accumulation_equals_the_big_batch(driver):
-    # One form of convolutions, since those for loops and for none round differently.
+    # Products of patches: XLA's kernels round differently for another size of the batch.
     config = dataclasses.replace(CONFIG, norm="group", accumulate=2, conv_form="im2col")
     assert_same(run(config, driver), on_one_device(norm="group", conv_form="im2col"))
 

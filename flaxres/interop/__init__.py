@@ -1,1 +1,0 @@
-"""Weights and functions in and out of other frameworks."""
