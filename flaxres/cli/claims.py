@@ -101,12 +101,13 @@ def write(outcomes: list[Any], out: pathlib.Path, settings: Any) -> dict[str, An
 
 def markdown(outcomes: list[Any]) -> str:
     """The table for a README."""
-    rows = [
-        f"| {o.claim.sentence} | {o.claim.source} | {o.number} | **{o.verdict.text}** |"
-        for o in outcomes
+    rows = [("claim", "source", "measured", "verdict"), ("---",) * 4]
+    rows += [
+        (o.claim.sentence, o.claim.source, o.number, f"**{o.verdict.text}**") for o in outcomes
     ]
-    head = ["| claim | source | measured | verdict |", "|---|---|---|---|"]
-    return "\n".join([*head, *rows]) + "\n"
+    # A bar within a cell would end it.
+    lines = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def _html(outcomes: list[Any], out: pathlib.Path) -> str:

@@ -1,12 +1,14 @@
 """Verdicts follow the numbers: broken on purpose, claims stop to hold."""
 
 import json
+import re
 
 import pytest
 
+from flaxres.cli.claims import markdown
 from flaxres.cli.main import main
 from flaxres.identity import claims
-from flaxres.identity.claims import Context, Settings, Verdict
+from flaxres.identity.claims import Context, Outcome, Settings, Verdict
 from flaxres.nets import zoo
 
 EXACT = [claim.name for claim in claims.CLAIMS if not claim.trains]
@@ -75,6 +77,14 @@ def test_verdicts():
 def test_unknown_claim_is_named():
     with pytest.raises(ValueError, match="unknown claim 'lesions' .known: zero_branch_is"):
         claims.select(["lesions"])
+
+
+def test_bars_stay_within_their_cell_of_the_table():
+    (claim,) = claims.select(["lesion"])
+    outcome = Outcome(claim, "max |x| = 0", {}, Verdict.of(True), None)
+    *_, row = markdown([outcome]).splitlines()
+    assert r"max \|x\| = 0" in row
+    assert len(re.split(r"(?<!\\)\|", row)) == 6
 
 
 def test_command_writes_table_numbers_and_pictures(tmp_path, capsys):
