@@ -101,11 +101,19 @@ def _cell(column: int, row: int) -> Any:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Running mean over the last `window` values, shorter at the start."""
-    sums = np.cumsum(np.insert(np.asarray(values, float), 0, 0.0))
+    """Running mean over the finite ones of the last `window` values, NaN if there are none."""
+    values = np.asarray(values, float)
+    finite = np.isfinite(values)
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+
+    def over_window(numbers: np.ndarray) -> np.ndarray:
+        sums = np.cumsum(np.insert(numbers, 0, 0.0))
+        return sums[ends] - sums[starts]
+
+    counts = over_window(finite.astype(float))
+    means = over_window(np.where(finite, values, 0.0)) / np.maximum(counts, 1)
+    return np.where(counts > 0, means, np.nan)
 
 
 def training_curves(

@@ -1,7 +1,7 @@
 """Drivers of the one pure step: one device (jit), pmap, and a mesh (jit over named shardings).
 
-All give the same parameters within rounding, for every mode of batch norm:
-  sync    statistics of the whole batch;
+On as many devices all give the same parameters within rounding, for every mode of batch norm:
+  sync    statistics of the whole batch, whatever the number of devices;
   device  of each device's part of it (running averages are the mean over devices);
   ghost   of groups of `ghost_size` examples, in order, whatever the number of devices.
 """
