@@ -286,7 +286,7 @@ def deepen(
             "a net with projections everywhere (shortcut='C') cannot be deepened: no block of it "
             "can be the identity"
         )
-    if model.style == "v1" and model.activation not in ("relu", "identity"):
+    if not _identity("identity", model.style, model.activation)[0]:
         raise ValueError(
             f"a net of style='v1' with activation={model.activation!r} cannot be deepened: a zero "
             "block would apply it once more; use style='v2', or relu, which changes nothing twice"

@@ -74,17 +74,7 @@ def conv(
         raise ValueError(f"an input of {list(x.shape)} is too small for a kernel of {window}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return forms.forward_lax(x, kernel, geometry)
-    return conv_p.bind(*_varying_alike(x, kernel), geometry=geometry)
-
-
-def _varying_alike(*operands: jax.Array) -> list[jax.Array]:
-    """The operands, said to vary over every mesh axis that one of them does (in shard_map)."""
-    axes = [jax.typeof(operand).manual_axis_type.varying for operand in operands]
-    every = frozenset[str]().union(*axes)
-    return [
-        jax.lax.pcast(operand, tuple(every - own), to="varying") if every - own else operand
-        for operand, own in zip(operands, axes, strict=True)
-    ]
+    return conv_p.bind(*forms.varying_alike(x, kernel), geometry=geometry)
 
 
 def choose(which: str, platform: str, geometry: Geometry, channels: int) -> str:
@@ -129,17 +119,16 @@ def choose(which: str, platform: str, geometry: Geometry, channels: int) -> str:
 def _run(which: str, platform: str, a: jax.Array, b: jax.Array, *, geometry: Geometry) -> jax.Array:
     """One pass, as it is compiled for a platform."""
     form = geometry.form
-    channels = b.shape[-2] if which != "weight" else a.shape[-1] // geometry.groups
-    if geometry.mapped:
-        form = choose(which, platform, geometry, channels) if form == "auto" else form
-        one = dataclasses.replace(geometry, mapped=False, form=form)
-        return jax.vmap(partial(_run, which, platform, geometry=one))(a, b)
-    if form == "onednn":
+    if form == "onednn" and not geometry.mapped:
         if platform == "cpu" and onednn.takes(a, b):
             return onednn.convolve(which, a, b, geometry)
         form = "auto"
     if form == "auto":
+        channels = b.shape[-2] if which != "weight" else a.shape[-1] // geometry.groups
         form = choose(which, platform, geometry, channels)
+    if geometry.mapped:
+        one = dataclasses.replace(geometry, mapped=False, form=form)
+        return jax.vmap(partial(_run, which, platform, geometry=one))(a, b)
     run = forms.FORMS[which][form]
     if geometry.kernel != (1, 1) and form not in ("lax", "turned"):
         # Else what gives the operands would be computed again for each entry of the kernel.

@@ -42,6 +42,11 @@ class Geometry:
         height, width = ((n + sum(p) - k) // s + 1 for n, k, s, p in sizes)
         return height, width
 
+    def axes(self) -> list[tuple[int, int, int, int, int]]:
+        """Of height and width: size, that of the output, kernel, stride, pixels added before."""
+        before = (low for low, _ in self.pads)
+        return list(zip(self.size, self.out, self.kernel, self.strides, before, strict=True))
+
     def result(self, which: str, a: Any, b: Any) -> tuple[int, ...]:
         """Shape of what a pass gives for operands (arrays, or anything with a shape)."""
         lead = a.shape[:1] if self.mapped else ()
@@ -108,14 +113,11 @@ def forward_shifts(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.A
 
 def input_turned(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """XLA's gradient of the input, written as a convolution of dy with the turned kernel."""
-    sizes = zip(
-        geometry.size, geometry.out, geometry.kernel, geometry.strides, geometry.pads, strict=True
-    )
     return lax.conv_general_dilated(
         dy,
-        kernel[::-1, ::-1].swapaxes(2, 3),
+        _turned(kernel),
         (1, 1),
-        [(k - 1 - low, size - 1 - (out - 1) * s + low) for size, out, k, s, (low, _) in sizes],
+        [(k - 1 - low, size - 1 - (out - 1) * s + low) for size, out, k, s, low in geometry.axes()],
         lhs_dilation=geometry.strides,
         dimension_numbers=_DIMENSIONS,
     )
@@ -126,14 +128,11 @@ def weight_turned(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
 
     The examples take the place of the channels, the channels that of the examples.
     """
-    sizes = zip(
-        geometry.size, geometry.out, geometry.kernel, geometry.strides, geometry.pads, strict=True
-    )
     turned = lax.conv_general_dilated(
         x.transpose(3, 1, 2, 0),
         dy.transpose(1, 2, 0, 3),
         (1, 1),
-        [(low, k - 1 + (out - 1) * s + 1 - size - low) for size, out, k, s, (low, _) in sizes],
+        [(low, k + (out - 1) * s - size - low) for size, out, k, s, low in geometry.axes()],
         rhs_dilation=geometry.strides,
         dimension_numbers=_DIMENSIONS,
     )
@@ -146,13 +145,12 @@ def _flipped(forward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     def run(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
         if geometry.strides != (1, 1) or geometry.pointwise:
             return input_shifts(dy, kernel, geometry)
-        turned = kernel[::-1, ::-1].swapaxes(2, 3)
         top, left = (
             (k - 1 - low, k - 1 - high)
             for k, (low, high) in zip(geometry.kernel, geometry.pads, strict=True)
         )
         return forward(
-            dy, turned, dataclasses.replace(geometry, size=geometry.out, pads=(top, left))
+            dy, _turned(kernel), dataclasses.replace(geometry, size=geometry.out, pads=(top, left))
         )
 
     return run
@@ -284,9 +282,22 @@ def _example(which: str, a: jax.Array, b: jax.Array, geometry: Geometry) -> jax.
 
     Without the axes shard_map would take one kernel for all devices, and sum its gradient.
     """
-    axes = jax.typeof(a).manual_axis_type.varying | jax.typeof(b).manual_axis_type.varying
-    zeros = jnp.zeros(geometry.result(which, a, b), a.dtype)
-    return lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros
+    return varying_alike(jnp.zeros(geometry.result(which, a, b), a.dtype), a, b)[0]
+
+
+def varying_alike(*operands: jax.Array) -> list[jax.Array]:
+    """The operands, said to vary over every mesh axis that one of them does (in shard_map)."""
+    axes = [jax.typeof(operand).manual_axis_type.varying for operand in operands]
+    every = frozenset[str]().union(*axes)
+    return [
+        lax.pcast(operand, tuple(every - own), to="varying") if every - own else operand
+        for operand, own in zip(operands, axes, strict=True)
+    ]
+
+
+def _turned(kernel: jax.Array) -> jax.Array:
+    """The kernel of the gradient of the input: turned by half, inputs and outputs swapped."""
+    return kernel[::-1, ::-1].swapaxes(2, 3)
 
 
 def _pad_config(pads: Pads) -> tuple[tuple[int, int, int], ...]:

@@ -45,8 +45,7 @@ def _backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Arr
         return jax.vjp(functools.partial(_window_pool, strides=2), x)[1](dy)[0]
 
     def by_parity(x: jax.Array, place: jax.Array, dy: jax.Array) -> jax.Array:
-        # Else both would be made again for each of the nine places.
-        return _spread(*jax.lax.optimization_barrier((place, dy)))
+        return _spread(place, dy)
 
     return (jax.lax.platform_dependent(*kept, dy, cpu=by_parity, default=general),)
 
@@ -76,7 +75,7 @@ def _three(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     halved = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
     even, odd = (jax.lax.index_in_dim(halved, i, axis + 1, keepdims=False) for i in (0, 1))
     lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else 0
-    return _moved(odd, axis, 1, lowest), even, odd
+    return _moved(odd, axis, lowest), even, odd
 
 
 def _spread(place: jax.Array, dy: jax.Array) -> jax.Array:
@@ -87,7 +86,8 @@ def _spread(place: jax.Array, dy: jax.Array) -> jax.Array:
     """
     batch, height, width, channels = dy.shape
     behind = ((0, 0), (0, 1), (0, 1), (0, 0))
-    # Both stand in memory with one window more behind, so that the next one is a mere slice.
+    # Both stand in memory, or each of the nine places would make them again, with one window more
+    # behind, so that the next one is a mere slice.
     place = jnp.pad(place, behind, constant_values=-1)
     place, dy = jax.lax.optimization_barrier((place, jnp.pad(dy, behind)))
 
@@ -109,8 +109,8 @@ def _spread(place: jax.Array, dy: jax.Array) -> jax.Array:
     return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, channels)
 
 
-def _moved(x: jax.Array, axis: int, by: int, fill: float) -> jax.Array:
-    """x moved by one pixel along an axis."""
+def _moved(x: jax.Array, axis: int, fill: float) -> jax.Array:
+    """x moved by one pixel along an axis, what comes in being `fill`."""
     config = [(0, 0, 0)] * x.ndim
-    config[axis] = (by, -by, 0)
+    config[axis] = (1, -1, 0)
     return jax.lax.pad(x, jnp.asarray(fill, x.dtype), config)

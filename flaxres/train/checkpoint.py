@@ -218,15 +218,14 @@ class Checkpoints:
         if best is None:
             raise ValueError(
                 f"no checkpoint in {self._directory} has been evaluated, so that none is best "
-                f"(there are: {', '.join(map(str, steps)) or 'none'})"
+                f"(there are: {_listed(steps)})"
             )
         return best
 
     def _read_step(self, into: TrainState, step: int, steps: list[int]) -> Restored:
         if step not in steps:
             raise ValueError(
-                f"no checkpoint of step {step} in {self._directory} (there are: "
-                f"{', '.join(map(str, steps)) or 'none'})"
+                f"no checkpoint of step {step} in {self._directory} (there are: {_listed(steps)})"
             )
         try:
             return self._read(into, step)
@@ -235,7 +234,7 @@ class Checkpoints:
         except Exception as error:
             raise ValueError(
                 f"checkpoint of step {step} in {self._directory} cannot be read ({_brief(error)}); "
-                f"there are: {', '.join(map(str, steps))}"
+                f"there are: {_listed(steps)}"
             ) from error
 
     def _read(self, into: TrainState, step: int) -> Restored:
@@ -314,6 +313,10 @@ def _differing(stored: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 def _checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"
 
 
 def _brief(error: BaseException) -> str:

@@ -6,6 +6,7 @@ On as many devices all give the same parameters within rounding, for every mode 
   ghost   of groups of `ghost_size` examples, in order, whatever the number of devices.
 """
 
+import abc
 import functools
 from typing import Any
 
@@ -22,7 +23,7 @@ AXIS = "data"
 _FSDP_MIN_SIZE = 1 << 14
 
 
-class Driver:
+class Driver(abc.ABC):
     """Wraps `train_step` for some devices. Call it as `driver(state, batch)`.
 
     `replicate` places a host state, `shard` a host batch of this process's rows; both `step` and
@@ -43,25 +44,25 @@ class Driver:
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         return self.step(state, batch)
 
+    @abc.abstractmethod
     def replicate(self, state: TrainState) -> TrainState:
         """Place a host state on the devices."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def shard(self, batch: Any) -> Any:
         """Place this process's rows of a batch on the devices."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         """One training step; donates the state."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def compile(self, state: TrainState, batch: Any) -> None:
         """Compile the step ahead of its first call, for placed arrays or `ShapeDtypeStruct`s."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def eval(self, state: TrainState, batch: Any) -> Any:
         """Sums of `eval_step` over all devices."""
-        raise NotImplementedError
 
     def unreplicate(self, state: TrainState) -> TrainState:
         """The state as host arrays."""

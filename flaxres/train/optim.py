@@ -67,10 +67,8 @@ def make_optimizer(config: TrainConfig, params: Any, examples: int) -> optax.Gra
     steps = []
     if config.clip_norm is not None:
         steps.append(optax.clip_by_global_norm(config.clip_norm))
-    in_gradient = optax.add_decayed_weights(decay, mask)
     if config.optimizer == "sgd":
-        sgd = optax.sgd(rate, config.momentum, nesterov=config.momentum > 0)
-        steps += [in_gradient, sgd] if decay else [sgd]
+        made, decays = optax.sgd(rate, config.momentum, nesterov=config.momentum > 0), False
     elif config.optimizer == "lars":
         lars = optax.lars(
             rate,
@@ -79,10 +77,12 @@ def make_optimizer(config: TrainConfig, params: Any, examples: int) -> optax.Gra
             trust_ratio_mask=mask,
             momentum=config.momentum,
         )
-        steps.append(lars)
+        made, decays = lars, True
     else:
         made, decays = _by_name(config, rate, mask)
-        steps += [in_gradient, made] if decay and not decays else [made]
+    if decay and not decays:
+        steps.append(optax.add_decayed_weights(decay, mask))
+    steps.append(made)
     if config.layer_decay < 1:
         steps.append(_layer_decay(config.layer_decay))
     return optax.chain(*steps)
